@@ -1,0 +1,46 @@
+# Every target sets up .venv by itself: from constraints.txt, when it is missing or older than
+# pyproject.toml or constraints.txt. PIP_FLAGS passes options to pip (an index of CPU builds, say).
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_FLAGS ?=
+WORKERS ?= 2
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+
+.PHONY: setup demo test lint bench clean
+.DELETE_ON_ERROR:
+
+setup: $(INSTALLED)
+
+# torch goes first and alone, so that the constraint, not another package's wish, decides its build;
+# setuptools next, so that the project itself builds without fetching a second one into isolation.
+# The link shows mypy the root under the package's name (see [tool.mypy]).
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "setting up .venv with $(PYTHON) (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "memcompile needs Python >= 3.11; name one with: make PYTHON=/path/to/python3")'
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch
+	@$(PIP) setuptools wheel
+	@$(PIP) --no-build-isolation -e '.[hf,dev]'
+	@mkdir -p .venv/src && ln -sfn ../.. .venv/src/memcompile
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/python examples/demo.py
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p memcompile
+
+# One thread a worker: two workers that both start a thread per core only wait for each other.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m memcompile.benchmarks
+
+clean:
+	rm -rf .venv build dist out memcompile.egg-info

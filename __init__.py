@@ -1,0 +1,76 @@
+"""Compiles dense attention models into models with a chosen memory architecture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from torch import Tensor, nn
+    from torch.export import ExportedProgram
+
+    from .compiler.report import Report
+    from .runtime.engine import Engine
+
+__version__ = "0.1.0"
+__all__ = ["compile", "explain", "policies"]
+
+# Every import stands inside the function that needs it: `import memcompile` alone loads no
+# compiler, and takes no longer than it has to.
+
+
+def compile(
+    model: nn.Module | ExportedProgram | str | PathLike[str],
+    policy: str = "scout",
+    **options: Any,
+) -> Engine:
+    """Give every attention of `model` the memory that `policy` describes.
+
+    Args:
+        model: a module, an exported program, or a path to a file or folder that holds one.
+        policy: name of a memory policy, one of `policies()`.
+        options: fields of the policy (``budget=2048``, ``page_size=64``, …), and those of
+            `memcompile.compiler.pipeline.build`: ``max_context``, ``strict``, ``check``.
+
+    Returns:
+        The engine: ``prefill(tokens[B, n])`` reads dense, ``engine(tokens[B, n])`` reads through
+        the policy; both return float logits ``[B, n, V]`` and append the tokens to the memory.
+
+    Raises:
+        ValueError: an unknown policy or option; the message lists the known ones.
+        FileNotFoundError: `model` is a path, and nothing is there.
+        NotRewritten: no attention could be rewritten (with ``strict=False``: never).
+    """
+    from .compiler.pipeline import build
+
+    return build(model, policy, **options).engine()
+
+
+def explain(
+    model: nn.Module | ExportedProgram | str | PathLike[str],
+    tokens: Tensor | None = None,
+    policy: str = "scout",
+    **options: Any,
+) -> Report:
+    """What `policy` makes of each attention of `model`, and why not of the others.
+
+    Args:
+        tokens: int64 ``[B, n]`` to run, so that the report can say what was read; None runs nothing.
+
+    Returns:
+        The report; ``print(report)`` shows it as a table.
+
+    Raises:
+        ValueError, FileNotFoundError: as `compile`. What cannot be rewritten raises nothing here.
+    """
+    from .compiler.explain import explain
+
+    return explain(model, tokens, policy, **options)
+
+
+def policies() -> list[str]:
+    """Names of the known policies."""
+    from .models.memory import PRESETS
+
+    return sorted(PRESETS)

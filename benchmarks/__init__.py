@@ -1,0 +1,1 @@
+"""Measures compiled models side by side with dense ones."""

@@ -1,0 +1,1 @@
+"""Turns kernel specifications into source and loaded kernels."""

@@ -1,0 +1,1 @@
+"""The road from a model file to a running engine: load, capture, plan, build, report."""

@@ -1,0 +1,459 @@
+"""The command line: `memcompile MODEL` builds, `inspect` only looks, `run` generates."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+import time
+import traceback
+import typing
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import __version__
+
+if TYPE_CHECKING:
+    from .report import Report
+
+OK, INTERNAL, BAD_INPUT, NOT_REWRITTEN = 0, 1, 2, 3
+# Known to every policy, beside the fields of its own.
+BUILD_OPTIONS: dict[str, Any] = {"max_context": int | None}
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the text is the one line to print."""
+
+
+class Commands(click.Group):
+    """A group whose first argument, when it is no command, is the model that `build` builds."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
+            args = ["build", *args]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage("memcompile", "MODEL [OPTIONS]")
+        formatter.write_usage("memcompile", "inspect MODEL [OPTIONS]", prefix="       ")
+        formatter.write_usage("memcompile", "run DIR [OPTIONS]", prefix="       ")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.commands["build"].format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+def _loading(command: Any) -> Any:
+    """Options that say how MODEL is read; the same for every command that reads one."""
+    options = (
+        click.option(
+            "--arch",
+            metavar="MODULE:CLASS",
+            help="Class to load a state dict into. Its module is imported.",
+        ),
+        click.option(
+            "--arch-config",
+            metavar="FILE",
+            type=click.Path(path_type=Path),
+            help="JSON file with the keyword arguments of that class.",
+        ),
+        click.option(
+            "--trust-pickle",
+            is_flag=True,
+            help="Unpickle the file although a pickle can run any code.",
+        ),
+        click.option(
+            "--max-context",
+            type=int,
+            metavar="N",
+            help="Context that length-dependent position tables are resolved for.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def commands() -> None:
+    """Give a dense attention model a memory.
+
+    MODEL is a transformers folder, a .pt2 or .pt file. The result is a folder with a manifest, the
+    weights and a report.
+    """
+
+
+@commands.command(hidden=True)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--policy", default="scout", show_default=True, metavar="NAME")
+@click.option("--budget", type=int, metavar="N", help="Tokens a query reads: --set budget=N.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Set a field of the policy; may be repeated.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to write; MODEL.POLICY in the current one if not given.",
+)
+@click.option("--force", is_flag=True, help="Replace DIR if an earlier build left it.")
+@click.option("--dry-run", is_flag=True, help="Build and check, report, write nothing.")
+@click.option("--no-strict", is_flag=True, help="Go on although nothing could be rewritten.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@_loading
+def build(
+    model: Path,
+    policy: str,
+    budget: int | None,
+    settings: tuple[str, ...],
+    out: Path | None,
+    force: bool,
+    dry_run: bool,
+    no_strict: bool,
+    quiet: bool,
+    arch: str | None,
+    arch_config: Path | None,
+    trust_pickle: bool,
+    max_context: int | None,
+    as_json: bool,
+) -> None:
+    """Build MODEL with a policy and write the result to a folder."""
+    options = policy_options(policy, settings, budget=budget, max_context=max_context)
+    target = out or Path(default_name(model, policy))
+    if not dry_run:
+        _check_target(target, force)
+
+    from .package import write
+    from .pipeline import build as build_model
+
+    loaded, seconds = _load(model, arch, arch_config, trust_pickle)
+    compiled = build_model(loaded.model, policy, strict=not no_strict, **options)
+    report = compiled.report
+    report.model = model.name
+    report.timings = {"load": seconds, **report.timings}
+    written = not dry_run and compiled.program is not None
+    if written:
+        write(compiled, loaded, target)
+    if quiet:
+        return
+    _show(report, as_json)
+    if not as_json:
+        why = "--dry-run" if dry_run else "there is no step graph"
+        click.echo(f"wrote {target}/" if written else f"nothing written: {why}")
+
+
+@commands.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@_loading
+def inspect(
+    model: Path,
+    arch: str | None,
+    arch_config: Path | None,
+    trust_pickle: bool,
+    max_context: int | None,
+    as_json: bool,
+) -> None:
+    """Show MODEL's attentions and what each policy would make of them; write nothing."""
+    from ..models.memory import PRESETS
+    from .capture import capture
+    from .pipeline import build_captured
+    from .report import comparison
+
+    loaded, _ = _load(model, arch, arch_config, trust_pickle)
+    captured = capture(loaded.model, max_context=max_context)
+    captured.name = model.name
+    reports: dict[str, Report] = {}
+    refused = False
+    for name, preset in PRESETS.items():
+        compiled = build_captured(
+            captured, preset(), max_context=max_context, strict=False, check=False
+        )
+        reports[name] = compiled.report
+        refused |= compiled.program is None
+    if as_json:
+        _print_json({name: report.to_json() for name, report in reports.items()})
+    else:
+        from rich.console import Console
+
+        Console().print(comparison(reports))
+    if refused:
+        raise click.exceptions.Exit(NOT_REWRITTEN)
+
+
+def default_name(model: Path, policy: str) -> str:
+    """`model.pt` -> `model.scout`; a folder keeps its whole name, dots included."""
+    path = model.resolve()
+    known = (".pt", ".pt2", ".pth", ".bin", ".ckpt", ".safetensors")
+    stem = path.stem if path.suffix in known and not path.is_dir() else path.name
+    return f"{stem}.{policy}"
+
+
+def policy_options(
+    policy: str, settings: Iterable[str], *, budget: int | None, max_context: int | None
+) -> dict[str, Any]:
+    """The options of `build` that the command line gave, with the types of the policy's fields.
+
+    Raises:
+        BadInput: unknown policy or field, a value of another type, or a field given twice.
+    """
+    from ..models.memory import PRESETS, preset
+
+    if policy not in PRESETS:
+        raise BadInput(f"unknown policy {policy!r}{_nearest(policy, PRESETS)}")
+    types = {**typing.get_type_hints(PRESETS[policy]), **BUILD_OPTIONS}
+    own = [field.name for field in dataclasses.fields(PRESETS[policy])]
+    known = [*own, *BUILD_OPTIONS]
+    options: dict[str, Any] = {}
+    given = [*settings]
+    given += [f"budget={budget}"] if budget is not None else []
+    given += [f"max_context={max_context}"] if max_context is not None else []
+    for setting in given:
+        name, equals, text = setting.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise BadInput(f"--set {setting!r}: expected FIELD=VALUE, as in --set page_size=32")
+        if name not in known:
+            raise BadInput(f"policy {policy!r} has no option {name!r}{_nearest(name, known)}")
+        if name in options:
+            raise BadInput(f"option {name!r} is given twice")
+        options[name] = parse_value(name, text.strip(), types[name])
+    # A value out of range is refused here, before the model is read.
+    preset(policy, **{name: value for name, value in options.items() if name in own})
+    return options
+
+
+def parse_value(name: str, text: str, kind: Any) -> Any:
+    """`text` as a value of `kind`, a type or a union of types (None is written `none`).
+
+    Raises:
+        BadInput: it is none of them.
+    """
+    kinds = typing.get_args(kind) or (kind,)
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if NoneType in kinds and text.lower() == "none":
+        return None
+    if bool in kinds and text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
+        if number in kinds:
+            try:
+                return number(text)
+            except ValueError:
+                continue
+    if str in kinds:
+        return text
+    spelled = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "none"}
+    expected = " or ".join(spelled.get(k, str(k)) for k in kinds)
+    raise BadInput(f"option {name!r}: expected {expected}, got {text!r}")
+
+
+@commands.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--prompt", metavar="TEXT", help="Text to go on from.")
+@click.option(
+    "--prompt-file", metavar="FILE", type=click.Path(path_type=Path), help="Read it from FILE."
+)
+@click.option("--ids", is_flag=True, help="The prompt is token ids, and so is what is printed.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--read",
+    type=click.Choice(["policy", "dense"]),
+    default="policy",
+    show_default=True,
+    help="Read the new tokens through the policy, or every page.",
+)
+def run(
+    folder: Path,
+    prompt: str | None,
+    prompt_file: Path | None,
+    ids: bool,
+    max_new_tokens: int,
+    read: str,
+) -> None:
+    """Generate from a folder that `memcompile MODEL` wrote.
+
+    The prompt is read densely, what is generated through the policy. The text goes to stdout, the
+    figures to stderr.
+    """
+    if prompt is not None and prompt_file is None:
+        text = prompt
+    elif prompt_file is not None and prompt is None:
+        text = _read_text(prompt_file)
+    else:
+        raise BadInput("run: give one of --prompt TEXT and --prompt-file FILE")
+
+    from .package import open_engine
+
+    engine = open_engine(folder)
+    tokenizer = None if ids else _tokenizer(folder)
+    tokens = parse_ids(text) if tokenizer is None else tokenizer.encode(text).ids
+    if not tokens:
+        raise BadInput("run: the prompt holds no token")
+    new, figures = _generate(engine, tokens, max_new_tokens, read)
+    click.echo(" ".join(map(str, new)) if tokenizer is None else tokenizer.decode(new))
+    click.echo(figures, err=True)
+
+
+def _generate(
+    engine: Engine, tokens: list[int], max_new_tokens: int, read: str
+) -> tuple[list[int], str]:
+    """The greedy continuation, and one line of figures about it."""
+    import torch
+
+    from .report import bytes_of
+
+    started = time.perf_counter()
+    following = engine.prefill(torch.tensor([tokens]))[:, -1].argmax(-1, keepdim=True)
+    prefilled = time.perf_counter()
+    before = replace(engine.stats())
+    step = engine if read == "policy" else engine.prefill
+    new = [int(following)]
+    while len(new) < max_new_tokens:
+        following = step(following)[:, -1].argmax(-1, keepdim=True)
+        new.append(int(following))
+    seconds = time.perf_counter() - prefilled
+    after = engine.stats()
+    rate = f"{(len(new) - 1) / seconds:.1f} tokens/s, " if len(new) > 1 else ""
+    pages, dense = after.pages_read - before.pages_read, after.pages_dense - before.pages_dense
+    return new, (
+        f"{len(tokens)} tokens read in {prefilled - started:.1f} s; {len(new)} written, {rate}"
+        f"{pages} of {dense} pages and {bytes_of(after.bytes_read - before.bytes_read)} of "
+        f"{bytes_of(after.bytes_dense - before.bytes_dense)} read"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code (docs/cli.md lists them)."""
+    try:
+        commands.main(args=arguments, prog_name="memcompile", standalone_mode=False)
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except click.Abort:
+        return 130
+    except click.ClickException as error:
+        return _fail(error.format_message(), BAD_INPUT)
+    except BadInput as error:
+        return _fail(str(error), BAD_INPUT)
+    except Exception as error:
+        from ..passes.result import NotRewritten
+
+        if isinstance(error, NotRewritten):
+            return _fail(str(error), NOT_REWRITTEN)
+        if _is_bad_input(error):
+            return _fail(" ".join(str(error).split()), BAD_INPUT)
+        traceback.print_exc()
+        return _fail(f"internal error: {type(error).__name__}", INTERNAL)
+    return OK
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"memcompile: {message}", err=True)
+    if os.environ.get("MEMCOMPILE_DEBUG", "0") != "0" and code != INTERNAL:
+        traceback.print_exc()
+    return code
+
+
+def _is_bad_input(error: Exception) -> bool:
+    """Whether this package refused what it was given, rather than broke on it.
+
+    Files that are missing or unreadable are the user's; a ValueError, TypeError or ImportError
+    is a refusal only where this package raises it itself.
+    """
+    if isinstance(error, OSError):
+        return True
+    if not isinstance(error, ValueError | TypeError | ImportError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    home = Path(__file__).resolve().parents[1]
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(home)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the closest known one, and all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    return f"; {guess}known: {', '.join(names)}"
+
+
+def _load(
+    model: Path, arch: str | None, arch_config: Path | None, trust_pickle: bool
+) -> tuple[Loaded, float]:
+    """The model, and the seconds that reading it took."""
+    from .load import load
+
+    started = time.perf_counter()
+    loaded = load(model, arch=arch, arch_config=arch_config, trust_pickle=trust_pickle)
+    return loaded, time.perf_counter() - started
+
+
+def _show(report: Report, as_json: bool) -> None:
+    if as_json:
+        _print_json(report.to_json())
+        return
+    from rich.console import Console
+
+    Console().print(report)
+
+
+def _print_json(data: Any) -> None:
+    import json
+
+    click.echo(json.dumps(data, indent=2))
+
+
+def _check_target(target: Path, force: bool) -> None:
+    """Refuse early, before minutes of work, a folder that could not be written anyway."""
+    if not target.exists():
+        return
+    ours = target.is_dir() and ((target / "manifest.json").is_file() or not any(target.iterdir()))
+    if not ours:
+        raise BadInput(f"{target} exists and is no folder of memcompile's; give another --out DIR")
+    if not force and any(target.iterdir()):
+        raise BadInput(f"{target} exists already; give --force to replace it, or another --out DIR")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte {error.object[error.start]:#04x} at {error.start}"
+        raise BadInput(f"{path}: expected UTF-8 text, found {found}") from None
+
+
+def parse_ids(text: str) -> list[int]:
+    """Token ids separated by white space or commas."""
+    words = text.replace(",", " ").split()
+    wrong = next((word for word in words if not word.isdecimal()), None)
+    if wrong is not None:
+        raise BadInput(f"--ids: expected whole numbers, found {wrong!r}")
+    return [int(word) for word in words]
+
+
+def _tokenizer(folder: Path) -> Any:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise BadInput(f"{folder} holds no tokenizer.json; give token ids, with --ids")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise BadInput(
+            "text needs the package `tokenizers` (pip install 'memcompile[hf]'); or give --ids"
+        ) from None
+    return Tokenizer.from_file(str(path))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

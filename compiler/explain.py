@@ -1,0 +1,45 @@
+"""Explain: what a policy would make of a model, and what it reads of given tokens."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from .pipeline import build
+from .report import Report, bytes_of
+
+
+def explain(
+    model: nn.Module | ExportedProgram | str | PathLike[str],
+    tokens: Tensor | None = None,
+    policy: str = "scout",
+    **options: Any,
+) -> Report:
+    """What was rewritten, what was not and why; nothing that is declined raises.
+
+    Args:
+        tokens: int64 ``[B, n]``. When given they are run twice, densely and through the policy,
+            and the report notes what was read and how often both expect the same next token.
+        policy: name of a policy; `options` are its fields and those of `build`.
+
+    Raises:
+        ValueError: an unknown policy or option, or tokens of another shape or type.
+        FileNotFoundError: `model` is a path, and nothing is there.
+    """
+    compiled = build(model, policy, **{"strict": False, "check": False, **options})
+    report = compiled.report
+    if tokens is None or compiled.program is None:
+        return report
+    dense, through = compiled.engine(), compiled.engine()
+    expected = dense.prefill(tokens, all_logits=True).argmax(-1)
+    agreed = (through(tokens).argmax(-1) == expected).double().mean().item()
+    read = through.stats()
+    report.notes.append(
+        f"{tokens.numel()} tokens read {read.pages_read} of {read.pages_dense} pages and "
+        f"{bytes_of(read.bytes_read)} of {bytes_of(read.bytes_dense)} (index included); the next "
+        f"token is dense's at {agreed:.1%} of them"
+    )
+    return report

@@ -1,0 +1,306 @@
+"""The road from a model to an engine, top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from .. import models as _models  # noqa: F401 (registers the operations)
+from ..models.memory import Dense, Scout, preset
+from ..models.memory.spec import Memory
+from ..passes.classify_tokens import Classified, classify_tokens
+from ..passes.find_sites import find_sites
+from ..passes.fold_attention import fold_attention
+from ..passes.remember import StepGraph, decline_step, remember
+from ..passes.result import Declined, NotRewritten, PassResult, Site
+from ..passes.strip_asserts import strip_asserts
+from ..passes.undo_repeat_kv import undo_repeat_kv
+from ..passes.token_axes import Kind, Value
+from ..passes.unlift import unlift
+from ..passes.verify import verify
+from ..runtime.engine import Engine, Program
+from ..runtime.memory_state import SiteLayout
+from .capture import Captured, capture
+from .report import Report
+from .self_check import self_check
+
+# Graph to graph, in order; each leaves a graph that `verify` accepts.
+NORMALISE: tuple[Callable[[fx.GraphModule], PassResult], ...] = (
+    strip_asserts,
+    fold_attention,
+    undo_repeat_kv,
+)
+
+
+@dataclass
+class Compiled:
+    """A model whose attentions have been given memories.
+
+    Attributes:
+        captured: the program that was compiled.
+        preset: the policy with its options.
+        sites: the attentions, in graph order.
+        memories: what each site remembers, by site name.
+        declined: what was looked at and left alone.
+        report: all of it for people.
+        program: what engines run, or None when nothing could be rewritten (``strict=False``).
+    """
+
+    captured: Captured
+    preset: Dense | Scout
+    sites: list[Site]
+    memories: dict[str, Memory]
+    declined: list[Declined]
+    report: Report
+    program: Program | None
+
+    def engine(self) -> Engine:
+        """A new, empty engine.
+
+        Raises:
+            NotRewritten: there is no step graph; the declines say why.
+        """
+        if self.program is None:
+            raise NotRewritten(f"{self.report.model} has no step graph", self.declined)
+        return Engine(self.program)
+
+
+def build(
+    model: nn.Module | ExportedProgram | str | os.PathLike[str],
+    policy: str = "scout",
+    *,
+    max_context: int | None = None,
+    strict: bool = True,
+    check: bool = True,
+    **options: Any,
+) -> Compiled:
+    """Capture `model` and compile it; see `build_captured`.
+
+    Args:
+        model: a module, an exported program, or the path of one (see `compiler.load`).
+        policy: name of a policy; `options` are its fields.
+        max_context: longest context the engine will hold; preallocates the memory and resolves
+            length-dependent rotary tables. None: grows.
+        strict: raise when no site, or not every site, could be rewritten.
+        check: run the self-check.
+    """
+    chosen = preset(policy, **options)
+    if max_context is not None and (not isinstance(max_context, int) or max_context < 1):
+        raise ValueError(f"max_context is {max_context!r}; give a positive number of tokens")
+    name = None
+    if isinstance(model, str | os.PathLike):
+        model, name = _loaded(Path(model))
+    started = time.perf_counter()
+    try:
+        captured = capture(model, max_context=max_context)
+    except NotRewritten as refused:
+        if strict:
+            raise
+        report = Report(type(model).__name__, policy, dataclasses.asdict(chosen))
+        report.declined = refused.declined
+        return Compiled(
+            Captured(None, False, type(model).__name__),  # type: ignore[arg-type]
+            chosen, [], {}, refused.declined, report, None,
+        )
+    seconds = time.perf_counter() - started
+    if name is not None:
+        captured.name = name
+    compiled = build_captured(
+        captured, chosen, max_context=max_context, strict=strict, check=check
+    )
+    compiled.report.timings = {"capture": seconds, **compiled.report.timings}
+    return compiled
+
+
+def build_captured(
+    captured: Captured,
+    chosen: Dense | Scout,
+    *,
+    max_context: int | None = None,
+    strict: bool = True,
+    check: bool = True,
+) -> Compiled:
+    """Normalise, find, plan, remember: from a captured program to a checked engine.
+
+    Raises:
+        NotRewritten: with `strict`, when there is no attention, a site's mask is not understood, or
+            no step can be derived; every decline is listed with its node and source line.
+    """
+    name = captured.name
+    options = {k: v for k, v in chosen.to_json().items() if k != "preset"}
+    report = Report(name, str(chosen.to_json()["preset"]), options, max_context=max_context)
+    timings = report.timings
+    with _stage(timings, "normalise"):
+        module, declined = normalise(captured.program)
+    with _stage(timings, "find"):
+        classified = classify_tokens(module)
+        sites, unread = find_sites(module, classified)
+        declined += unread
+        blocking = unread + _stops(captured, module, classified)
+        declined += [d for d in blocking if d not in declined]
+    debug(2, lambda: module.print_readable(print_output=False))
+    report.sites, report.declined = sites, declined
+    step: StepGraph | None = None
+    memories: dict[str, Memory] = {}
+    if sites and not blocking:
+        with _stage(timings, "plan"):
+            memories = {s.name: chosen.memory(s.layer, s.rule.window) for s in sites}
+            for memory in memories.values():
+                memory.check_lowered()
+        with _stage(timings, "remember"):
+            step = remember(module, classified, sites, memories)
+        debug(2, lambda: step.policy.print_readable(print_output=False) if step else "")
+    report.memories = memories
+    if step is None:
+        if strict:
+            raise NotRewritten(_refusal(name, sites), blocking or declined)
+        return Compiled(captured, chosen, sites, memories, declined, report, None)
+    report.ragged = step.ragged and captured.takes_position_ids
+    limit, limited_by = _limit(captured, classified, max_context)
+    if limit is not None and max_context is None:
+        report.notes.append(f"contexts up to {limit} tokens: {limited_by}")
+    layouts = tuple(
+        SiteLayout(
+            s.name, s.kv_heads, s.key_dim, s.value_dim, s.dtype, memories[s.name], s.rule.window
+        )
+        for s in sites
+    )
+    program = Program(
+        step.dense,
+        step.policy,
+        layouts,
+        report.ragged,
+        limit,
+        limited_by,
+        max_context,
+        _device(module),
+    )
+    if check:
+        with _stage(timings, "self-check"):
+            forward = captured.forward or _graph_forward(module)
+            report.self_check = self_check(
+                program, forward, captured.takes_position_ids, _vocabulary(module, classified)
+            )
+    compiled = Compiled(captured, chosen, sites, memories, declined, report, program)
+    debug(1, lambda: str(report))
+    return compiled
+
+
+def normalise(program: ExportedProgram) -> tuple[fx.GraphModule, list[Declined]]:
+    """The normal form of a program: weights as attributes, one node an attention."""
+    result = unlift(program)
+    module, declined = result.graph, list(result.declined)
+    if declined:
+        raise NotRewritten("the program keeps state of its own", declined)
+    verify(module, "unlift")
+    for run in NORMALISE:
+        result = run(module)
+        module = result.graph
+        declined += result.declined
+        verify(module, run.__name__)
+        debug(2, lambda r=run, m=module: f"# after {r.__name__}\n{m.code}")  # type: ignore[misc]
+    return module, declined
+
+
+def debug(level: int, text: Callable[[], str]) -> None:
+    """Print `text` to stderr when MEMCOMPILE_DEBUG is at least `level`: 1 report, 2 graphs."""
+    import sys
+
+    if int(os.environ.get("MEMCOMPILE_DEBUG", "0") or 0) >= level:
+        print(text(), file=sys.stderr)
+
+
+def _stops(
+    captured: Captured, module: fx.GraphModule, classified: Classified
+) -> list[Declined]:
+    """What stops a step besides masks: mixed tokens on the way to the logits, fixed lengths."""
+    stops = decline_step(module, classified)
+    token = classified.extents.token
+    if token.is_Integer or classified.extents.batch.is_Integer:
+        stops.append(
+            Declined("the batch or the token axis has a fixed size", str(token), "capture")
+        )
+    for symbol, bounds in captured.program.range_constraints.items():
+        # 0 and 1 are special to torch.export and never traced; above that the forward must not care.
+        if symbol in (token, classified.extents.batch) and bounds.lower > 2:
+            stops.append(
+                Declined(
+                    f"the forward branches on its sizes: it was traced for at least {bounds.lower} "
+                    "tokens or rows only",
+                    str(symbol),
+                    "capture",
+                )
+            )
+    return stops
+
+
+def _limit(
+    captured: Captured, classified: Classified, max_context: int | None
+) -> tuple[int | None, str]:
+    """The longest context for which every table the model reads has a row."""
+    limits = [(b.limit, f"the table read by {b.node} ends there") for b in classified.bounds]
+    bounds = captured.program.range_constraints.get(classified.extents.token)  # type: ignore[call-overload]
+    if bounds is not None and bounds.upper.is_Integer:
+        limits.append((int(bounds.upper), "the forward accepts no more tokens"))
+    if max_context is not None:
+        limits.append((max_context, "max_context"))
+    return min(limits, default=(None, ""), key=lambda pair: pair[0])  # type: ignore[arg-type,return-value]
+
+
+def _refusal(name: str, sites: list[Site]) -> str:
+    if sites:
+        return f"{name}: {len(sites)} attentions were found, but no step can be derived"
+    return (
+        f"{name}: no attention was rewritten. Looked for scaled_dot_product_attention calls and for "
+        "matmul - scale - mask - softmax - matmul, causal or with a sliding window"
+    )
+
+
+def _vocabulary(module: fx.GraphModule, classified: Classified) -> int:
+    """Rows of the table that the tokens index."""
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default:
+            indices = classified.values[node.args[1]]
+            if isinstance(indices, Value) and indices.kind is Kind.LOCAL:
+                return int(node.args[0].meta["val"].shape[0])
+    output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
+    return int(output.args[0].meta["val"].shape[-1])
+
+
+def _graph_forward(module: fx.GraphModule) -> Callable[..., Tensor]:
+    def forward(*inputs: Tensor) -> Tensor:
+        result: Tensor = module(*inputs)
+        return result
+
+    return forward
+
+
+def _device(module: fx.GraphModule) -> torch.device:
+    device: torch.device = next(iter(module.graph.nodes)).meta["val"].device
+    return device
+
+
+@contextmanager
+def _stage(timings: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    timings[name] = timings.get(name, 0.0) + time.perf_counter() - started
+
+
+def _loaded(path: Path) -> tuple[nn.Module | ExportedProgram, str]:
+    from .load import load
+
+    loaded = load(path)
+    model = loaded.module if loaded.module is not None else loaded.program
+    assert model is not None
+    return model, path.name

@@ -1,0 +1,256 @@
+"""What was rewritten and what was not: as data, as JSON, and as a table for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..models.memory.spec import Memory
+from ..models.memory.traffic import bytes_read
+from ..passes.result import Declined, MaskRule, Site
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, Group, RenderResult
+    from rich.table import Table
+
+VERSION = 1
+CONTEXTS = (8 * 1024, 128 * 1024)
+
+
+@dataclass
+class Report:
+    """What became of each attention of a model.
+
+    Attributes:
+        model: class name of the model, or the name of its file.
+        policy: name of the policy, and `options` the values of its fields.
+        sites: the attentions that were found, in graph order.
+        memories: the memory of each rewritten site, by the site's name.
+        declined: what was looked at and left alone.
+        max_context: the context that length-dependent tables were resolved for, or None.
+        ragged: whether rows of a batch may have positions of their own.
+        timings: seconds a stage took, by its name.
+        self_check: figures of the check of the step against the model's own forward; empty when it
+            was not run.
+        notes: what a reader of the figures has to know.
+    """
+
+    model: str
+    policy: str
+    options: dict[str, Any] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    memories: dict[str, Memory] = field(default_factory=dict)
+    declined: list[Declined] = field(default_factory=list)
+    max_context: int | None = None
+    ragged: bool = False
+    timings: dict[str, float] = field(default_factory=dict)
+    self_check: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def step_bytes(self, site: Site, context: int) -> int:
+        """Bytes that the last of `context` tokens reads at `site`, its own key included."""
+        memory = self.memories.get(site.name)
+        if memory is None:
+            return site.dense_bytes(context)
+        return bytes_read(memory, site, context - 1, window=site.rule.window)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values; `from_json` gives it back."""
+        return {
+            "version": VERSION,
+            "model": self.model,
+            "policy": self.policy,
+            "options": dict(self.options),
+            "sites": [
+                {
+                    **site.to_json(),
+                    "memory": m.to_json() if (m := self.memories.get(site.name)) else None,
+                    "step_bytes": {
+                        str(context): {
+                            "dense": site.dense_bytes(context),
+                            "memory": self.step_bytes(site, context),
+                        }
+                        for context in CONTEXTS
+                    },
+                }
+                for site in self.sites
+            ],
+            "declined": [declined.to_json() for declined in self.declined],
+            "max_context": self.max_context,
+            "ragged": self.ragged,
+            "timings": dict(self.timings),
+            "self_check": dict(self.self_check),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Report:
+        """Rebuilds a report from `to_json`.
+
+        Raises:
+            ValueError: another version, a missing or an unknown key.
+        """
+        if data.get("version") != VERSION:
+            raise ValueError(
+                f"report version {data.get('version')!r}: this memcompile reads version {VERSION}; "
+                "build the model again"
+            )
+        known = {"version", *cls.__dataclass_fields__} - {"memories"}
+        if data.keys() != known:
+            raise ValueError(
+                f"report with missing keys {sorted(known - data.keys())} and unknown keys "
+                f"{sorted(data.keys() - known)}; known: {sorted(known)}"
+            )
+        values = {key: value for key, value in data.items() if key != "version"}
+        values["memories"] = {
+            entry["name"]: Memory.from_json(entry["memory"])
+            for entry in data["sites"]
+            if entry["memory"] is not None
+        }
+        values["sites"] = [_site(entry) for entry in data["sites"]]
+        values["declined"] = [Declined(**entry) for entry in data["declined"]]
+        return cls(**values)
+
+    def table(self) -> Table:
+        """One row a site: heads, mask rule, memory, and the bytes a step reads beside dense."""
+        from rich.table import Table
+
+        table = Table(
+            title=f"{self.model}, policy {self.policy}: bytes that a step reads, and dense's",
+            title_justify="left",
+        )
+        table.add_column("layer", justify="right")
+        table.add_column("name", overflow="fold")
+        table.add_column("heads", no_wrap=True)
+        table.add_column("reads", no_wrap=True)
+        table.add_column("memory", no_wrap=True)
+        for context in CONTEXTS:
+            table.add_column(f"at {size_of(context)}", justify="right", no_wrap=True)
+            table.add_column("dense", justify="right", no_wrap=True)
+        for site in self.sites:
+            memory = self.memories.get(site.name)
+            row = [*_site_cells(site), memory.name if memory else "untouched"]
+            for context in CONTEXTS:
+                row += [bytes_of(self.step_bytes(site, context))]
+                row += [bytes_of(site.dense_bytes(context))]
+            table.add_row(*row)
+        if len(self.sites) > 1:
+            totals = []
+            for context in CONTEXTS:
+                totals.append(bytes_of(sum(self.step_bytes(s, context) for s in self.sites)))
+                totals.append(bytes_of(sum(s.dense_bytes(context) for s in self.sites)))
+            table.add_section()
+            table.add_row("", "all", "", "", "", *totals)
+        return table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        yield self.table()
+        for line in dict.fromkeys(describe(memory) for memory in self.memories.values()):
+            yield Text(line)
+        if not self.memories:
+            yield Text("no attention was rewritten")
+        if self.declined:
+            yield Text(f"declined: {len(self.declined)}")
+            for declined in self.declined:
+                yield Text(f"  - {declined}")
+        yield Text(
+            "a batch may be ragged"
+            if self.ragged
+            else "the rows of a batch share one position: the model takes no position_ids"
+        )
+        if self.max_context is not None:
+            yield Text(f"tables that depend on the length hold for {self.max_context} tokens")
+        if self.self_check:
+            yield Text("self-check: " + ", ".join(f"{k} {v}" for k, v in self.self_check.items()))
+        if self.timings:
+            yield Text("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.timings.items()))
+        for note in self.notes:
+            yield Text(f"note: {note}")
+
+    def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        console = Console(file=StringIO(), width=140, color_system=None)
+        with console.capture() as text:
+            console.print(self)
+        return text.get().rstrip()
+
+
+def comparison(reports: dict[str, Report]) -> Group:
+    """Several policies' reports of one model side by side, by the policy's name."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    first = next(iter(reports.values()))
+    table = Table(
+        title=f"{first.model}: bytes that a step would read, by policy", title_justify="left"
+    )
+    table.add_column("layer", justify="right")
+    table.add_column("name", overflow="fold")
+    table.add_column("heads", no_wrap=True)
+    table.add_column("reads", no_wrap=True)
+    for name in reports:
+        for context in CONTEXTS:
+            table.add_column(f"{name}\nat {size_of(context)}", justify="right", no_wrap=True)
+    for site in first.sites:
+        row = _site_cells(site)
+        for report in reports.values():
+            row += [bytes_of(report.step_bytes(site, context)) for context in CONTEXTS]
+        table.add_row(*row)
+    lines = [f"{len(first.sites)} attentions"]
+    for name, report in reports.items():
+        kinds = dict.fromkeys(describe(memory) for memory in report.memories.values())
+        lines.append(f"policy {name}: {'; '.join(kinds) or 'no step can be derived'}")
+    if not first.memories:
+        lines.append(f"declined: {len(first.declined)}")
+        lines += [f"  - {declined}" for declined in first.declined]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def describe(memory: Memory) -> str:
+    """A memory in one line."""
+    if not memory.selects:
+        return f"{memory.name}: every page of {memory.page_size}"
+    assert memory.select is not None and memory.score is not None
+    parts = [f"{memory.budget_pages} pages of {memory.page_size} by {memory.score.kind}"]
+    if memory.compensate:
+        parts.append("compensated")
+    if memory.dense_below:
+        parts.append(f"dense below {memory.dense_below}")
+    return f"{memory.name}: {', '.join(parts)}"
+
+
+def size_of(tokens: int) -> str:
+    """8192 -> 8K; counts that are no multiple of 1024 stay as they are."""
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 and tokens else str(tokens)
+
+
+def bytes_of(count: float) -> str:
+    """A count of bytes for people, with three digits: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+
+
+def _site_cells(site: Site) -> list[str]:
+    """Layer, name, heads (query/KV×width, values' width if it differs), mask rule."""
+    heads = f"{site.heads}/{site.kv_heads}×{site.key_dim}"
+    if site.value_dim != site.key_dim:
+        heads += f":{site.value_dim}"
+    return [str(site.layer), site.name, heads, str(site.rule)]
+
+
+def _site(entry: dict[str, Any]) -> Site:
+    values = {k: v for k, v in entry.items() if k not in ("memory", "step_bytes", "window", "rule")}
+    values["rule"] = MaskRule(entry["rule"], entry["window"])
+    values["dtype"] = getattr(torch, entry["dtype"])
+    return Site(**values)

@@ -1,0 +1,112 @@
+"""The self-check: a derived step against the model's own forward, before anything is handed out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..passes.result import Declined, NotRewritten
+from ..runtime.engine import Engine, Program
+
+# Batch, tokens and the calls they are split into: odd, with single tokens and a single row.
+_SPLITS: tuple[tuple[int, tuple[int, ...]], ...] = (
+    (1, (1, 1, 1, 5, 3)),
+    (2, (7, 1, 1, 2)),
+    (3, (3, 8)),
+)
+
+
+def self_check(
+    program: Program, forward: Callable[..., Tensor], takes_position_ids: bool, vocabulary: int
+) -> dict[str, Any]:
+    """Compare the dense step with `forward` on random tokens at three odd splits.
+
+    The tolerance is measured: a causal model's logits for a prefix do not depend on what follows,
+    so ``forward(tokens)[:, :m]`` against ``forward(tokens[:, :m])`` shows the rounding noise of the
+    model itself. A step may differ by four times that plus a rounding band.
+
+    Returns:
+        The figures: largest difference, what was allowed, tokens compared.
+
+    Raises:
+        NotRewritten: the step differs, or the forward is not a function of the prefix alone.
+    """
+    generator = torch.Generator().manual_seed(0)
+    worst, allowed, compared = 0.0, 0.0, 0
+    for batch, split in _SPLITS:
+        split = _within(split, program.limit)
+        total = sum(split)
+        tokens = torch.randint(vocabulary, (batch, total), generator=generator)
+        tokens = tokens.to(program.device)
+        full = _full(forward, tokens, takes_position_ids)
+        noise = 0.0
+        for length in {max(1, total // 2), max(1, total - 1)}:
+            prefix = _full(forward, tokens[:, :length], takes_position_ids)
+            noise = max(noise, _difference(prefix, full[:, :length]))
+        scale = float(full.double().abs().max())
+        # Rounding errors of successive layers add up like a random walk.
+        band = 8 * math.sqrt(len(program.layouts)) * torch.finfo(full.dtype).eps * scale
+        # A forward that looks ahead, or at the length, differs from its own prefix by far more
+        # than rounding; half a percent of the largest logit is beyond any precision's noise here.
+        if noise > max(band, 0.005 * scale) and full.dtype in (torch.float32, torch.float64):
+            raise NotRewritten(
+                "the forward of a prefix is not the prefix of the forward",
+                [
+                    Declined(
+                        f"logits change by up to {noise:.3g} when later tokens are cut off",
+                        "(whole model)",
+                        "self_check",
+                    )
+                ],
+            )
+        tolerance = 4 * noise + band
+        step = _stepped(program, tokens, split)
+        error = _difference(step, full)
+        if not error <= tolerance:
+            raise NotRewritten(
+                "the derived step does not reproduce the forward",
+                [
+                    Declined(
+                        f"batch {batch} in calls of {list(split)} tokens: logits differ by "
+                        f"{error:.3g}, allowed {tolerance:.3g}; please report this model",
+                        "(whole model)",
+                        "self_check",
+                    )
+                ],
+            )
+        worst, allowed = max(worst, error), max(allowed, tolerance)
+        compared += batch * total
+    return {"largest_difference": worst, "allowed": allowed, "tokens": compared}
+
+
+def _within(split: Sequence[int], limit: int | None) -> tuple[int, ...]:
+    """The split, shortened to a model's context."""
+    left, kept = limit if limit is not None else sum(split), []
+    for part in split:
+        if left > 0:
+            kept.append(min(part, left))
+            left -= kept[-1]
+    return tuple(kept)
+
+
+def _full(forward: Callable[..., Tensor], tokens: Tensor, takes_position_ids: bool) -> Tensor:
+    batch, n = tokens.shape
+    positions = torch.arange(n, device=tokens.device).expand(batch, n).contiguous()
+    with torch.no_grad():
+        return forward(tokens, positions) if takes_position_ids else forward(tokens)
+
+
+def _stepped(program: Program, tokens: Tensor, split: Sequence[int]) -> Tensor:
+    engine, parts, start = Engine(program), [], 0
+    for length in split:
+        parts.append(engine.prefill(tokens[:, start : start + length], all_logits=True))
+        start += length
+    return torch.cat(parts, 1)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())

@@ -1,0 +1,162 @@
+"""Plain PyTorch references of the page index: writing records, scoring them, selecting pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .paged import NEGATIVE_INFINITY, row_blocks, rows_by_kv_head, token_of_row, wide
+from .parts import SCORE_FIELDS, known
+
+
+def append_index(
+    key: Tensor,
+    value: Tensor,
+    page_table: Tensor,
+    position: Tensor,
+    lengths: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    index: list[Tensor],
+    fields: list[str],
+) -> None:
+    n, size = key.shape[2], key_pages.shape[1]
+    token = token_of_row(position, lengths, n)[:, None].expand(-1, key.shape[1], -1)
+    written = token >= 0
+    if not bool(written.any()):
+        return
+    logical = (token // size).clamp_min(0)
+    if int(logical.max()) >= page_table.shape[2]:
+        raise IndexError(
+            f"token {int(token.max())} lies beyond the page table of {page_table.shape[2]} pages "
+            f"of {size}; reserve the tokens first"
+        )
+    page = page_table.long().gather(2, logical)
+    if bool((page[written] < 0).any()):
+        raise IndexError("a token to write has no page; reserve the tokens first")
+    slot = (page * size + token % size)[written]
+    for pool, new in ((key_pages, key), (value_pages, value)):
+        pool.view(-1, pool.shape[2])[slot] = new[written].to(pool.dtype)
+    if not fields:
+        return
+    end = position.long() + lengths  # tokens each sequence holds now
+    first = position.long() // size
+    touched = int((torch.where(lengths > 0, (end - 1) // size - first, -1)).max()) + 1
+    width = page_table.shape[:2].numel() * size * key.shape[3] * 8
+    for block in row_blocks(touched, width):
+        logical = first[:, None] + torch.arange(block.start, block.stop, device=key.device)
+        live = logical * size < end[:, None]  # [B, t]
+        at = logical.clamp_max(page_table.shape[2] - 1)[:, None].expand(-1, key.shape[1], -1)
+        page = page_table.long().gather(2, at)[live[:, None].expand_as(at)]
+        tokens = (end[:, None] - logical * size).clamp_max(size)
+        count = tokens[:, None].expand_as(at)[live[:, None].expand_as(at)]
+        records = page_records(key_pages[page], value_pages[page], count, fields)
+        for pool, record in zip(index, records, strict=True):
+            pool[page] = record.to(pool.dtype)
+
+
+def page_records(keys: Tensor, values: Tensor, count: Tensor, fields: list[str]) -> list[Tensor]:
+    """The index records of pages whose first `count` slots are written.
+
+    Args:
+        keys, values: [t, s, D]; count: [t], at least 1.
+
+    Returns:
+        one [t, width] a field, in the summing type.
+    """
+    valid = (torch.arange(keys.shape[1], device=keys.device) < count[:, None])[..., None]
+    many = count[:, None].to(wide(keys.dtype))
+    keys = torch.where(valid, keys, 0).to(many.dtype)
+    mean = keys.sum(1) / many
+    apart = torch.where(valid, keys - mean[:, None], 0)
+    records = {"mean": mean, "log_count": many.log()}
+    if "std" in fields:
+        records["std"] = (apart.square().sum(1) / many).sqrt()
+    if "radius" in fields:
+        records["radius"] = apart.norm(dim=2).amax(1, keepdim=True)
+    if "min" in fields:
+        records["min"] = keys.masked_fill(~valid, float("inf")).amin(1)
+    if "max" in fields:
+        records["max"] = keys.masked_fill(~valid, NEGATIVE_INFINITY).amax(1)
+    if "value_mean" in fields:
+        records["value_mean"] = torch.where(valid, values, 0).to(many.dtype).sum(1) / many
+    return [records[field] for field in fields]
+
+
+def page_scores(rows: Tensor, records: dict[str, Tensor], score: str) -> Tensor:
+    """Scores [B, Hkv, r, L]: each query's, then the largest in the group that shares the KV head.
+
+    Args:
+        rows: [B, Hkv, r, G, Dk]; records: [B, Hkv, L, width] a field.
+    """
+    flat = rows.flatten(2, 3)  # [B, Hkv, r*G, Dk] @ [B, Hkv, Dk, L]
+    column = {field: record.transpose(-1, -2) for field, record in records.items()}
+    if score == "box":
+        scores = flat.clamp_min(0) @ column["max"] + flat.clamp_max(0) @ column["min"]
+    else:
+        scores = flat @ column["mean"]
+        if score == "mean-std":
+            scores += flat.abs() @ column["std"]
+        elif score == "ball":
+            scores += flat.norm(dim=-1, keepdim=True) * column["radius"]
+    return scores.unflatten(2, rows.shape[2:4]).amax(3)
+
+
+def score_select(
+    query: Tensor,
+    index: list[Tensor],
+    fields: list[str],
+    page_table: Tensor,
+    position: Tensor,
+    lengths: Tensor,
+    score: str,
+    page_size: int,
+    sink_pages: int,
+    window_pages: int,
+    capacity: int,
+    budget_pages: int,
+    dense_below: int,
+) -> Tensor:
+    known("score", score, SCORE_FIELDS)
+    batch, kv_heads, table_pages = page_table.shape
+    n = query.shape[2]
+    rows = rows_by_kv_head(query, kv_heads)
+    token = token_of_row(position, lengths, n)[:, None, :, None]  # [B, 1, n, 1]
+    open_page = torch.div(token, page_size, rounding_mode="floor")
+    selected = torch.full(
+        (batch, kv_heads, n, capacity), -1, dtype=torch.int32, device=query.device
+    )
+    count = min(int(open_page.max()) + 1, table_pages) if n else 0
+    if count <= 0:
+        return selected
+    everything = (open_page < budget_pages) | (token < dense_below)
+    wanted = torch.where(everything, open_page + 1, budget_pages)
+    if int(wanted.max()) > capacity:
+        raise ValueError(
+            f"{int(wanted.max())} pages are to be selected into a list of {capacity}; "
+            "capacity must hold budget_pages and the pages of dense_below tokens"
+        )
+    choosing = bool((~everything).any())
+    table = page_table[:, :, :count].long()
+    records = {}
+    if choosing:
+        pools = dict(zip(fields, index, strict=True))
+        records = {f: pools[f][table.clamp_min(0)].to(rows.dtype) for f in SCORE_FIELDS[score]}
+    page = torch.arange(count, device=query.device)
+    for block in row_blocks(n, batch * query.shape[1] * count * rows.element_size()):
+        at = open_page[:, :, block]
+        if choosing:
+            limit = torch.finfo(rows.dtype).max
+            ranked = page_scores(rows[:, :, block], records, score)
+            ranked = ranked.nan_to_num(nan=-limit, posinf=limit, neginf=-limit)
+        else:
+            ranked = rows.new_zeros((batch, kv_heads, at.shape[2], count))
+        ranked.masked_fill_((page < sink_pages) | (page >= at - window_pages), float("inf"))
+        ranked.masked_fill_((page > at) | (table < 0)[:, :, None], NEGATIVE_INFINITY)
+        # A stable sort breaks ties in favour of the lower page.
+        best, order = torch.sort(ranked, dim=-1, descending=True, stable=True)
+        best, order = best[..., :capacity], order[..., :capacity]
+        kept = (page[:capacity] < wanted[:, :, block]) & (best > NEGATIVE_INFINITY)
+        chosen = torch.where(kept, order, count).sort(-1).values
+        selected[:, :, block, : chosen.shape[3]] = torch.where(chosen < count, chosen, -1).int()
+    return selected

@@ -1,0 +1,1 @@
+"""Small networks that memcompile carries itself: demonstrations, known answers, tests."""

@@ -1,0 +1,133 @@
+"""The memory operations: schemas, fake kernels, and the references that run where no kernel does.
+
+Importing this module registers namespace `memcompile` once. Generated kernels are registered for a
+device key and win over these references, which hold for any device.
+
+Shapes: B sequences, n new tokens, H query heads, Hkv KV heads (H % Hkv == 0; query head h reads KV
+head h // (H // Hkv)), pools of P pages with s slots. `position` and `lengths` are int32 [B]: row i
+of sequence b stands at token position[b] + i and is padding when i >= lengths[b]. `page_table` is
+int32 [B, Hkv, pages], -1 where empty. Pools hold garbage in unwritten slots, and no result depends
+on it.
+
+attention(query [B,H,n,Dk], key [B,Hkv,m,Dk], value [B,Hkv,m,Dv], mask, is_causal, scale, softcap)
+    -> [B,H,n,Dv]. The normal form of a model's attention, without memory. mask broadcasts to
+    [B,H,n,m]: bool (True = visible) or added to the logits. softcap 0 = none. is_causal: n == m.
+append_index(key [B,Hkv,n,Dk], value, ..., key_pages [P,s,Dk], value_pages [P,s,Dv], index, fields)
+    writes the tokens and recomputes the records of the pages they touch from those pages' valid
+    keys, so that the result does not depend on how tokens were split into calls.
+score_select(query, index, fields, ..., score, page_size, sink_pages, window_pages, capacity,
+    budget_pages, dense_below) -> int32 [B,Hkv,n,capacity]: logical pages, ascending, then -1.
+    A row at token p in page o = p // page_size always has the pages < sink_pages and
+    o - window_pages .. o; full pages with the highest scores fill it to budget_pages, ties to the
+    lower page. It has every page 0 .. o when those are at most budget_pages or p < dense_below.
+    Padding rows: all -1.
+attend(query, key_pages, value_pages, bias, page_table, pages, exclude, ..., window, span)
+    -> (out [B,H,n,Dv], lse [B,H,n]) in float32 (float64 for float64 queries). pages None: every
+    page of the table; else int32 [B,Hkv,n,S] of distinct logical pages, -1 = none: only those, or
+    with exclude every page but those. Slot c of logical page g stands for tokens
+    (g*s + c)*span .. (g*s + c + 1)*span - 1 and is visible at token p when its last token t has
+    t <= p (and p - t < window, window > 0). bias [P,s] is added to the logits after softcap. Rows
+    that see nothing, padding included: out 0, lse -inf.
+combine(outs, lses) -> (out, lse): merges reads of disjoint keys exactly, by log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .memory import paged, records
+
+NAMESPACE = "memcompile"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+def _append_index(*args: Any) -> None:
+    return None
+
+
+def _score_select(
+    query: Tensor,
+    index: list[Tensor],
+    fields: list[str],
+    page_table: Tensor,
+    position: Tensor,
+    lengths: Tensor,
+    score: str,
+    page_size: int,
+    sink_pages: int,
+    window_pages: int,
+    capacity: int,
+    budget_pages: int,
+    dense_below: int,
+) -> Tensor:
+    shape = (query.shape[0], page_table.shape[1], query.shape[2], capacity)
+    return query.new_empty(shape, dtype=torch.int32)
+
+
+def _attend(
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = paged.wide(query.dtype)
+    out = query.new_empty((*query.shape[:3], value_pages.shape[2]), dtype=dtype)
+    return out, query.new_empty(query.shape[:3], dtype=dtype)
+
+
+def _combine(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+
+
+# name: (schema, reference, fake kernel)
+OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+    "attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, "
+        "float softcap) -> Tensor",
+        paged.attention,
+        _attention,
+    ),
+    "append_index": (
+        "(Tensor key, Tensor value, Tensor page_table, Tensor position, Tensor lengths, "
+        "Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor(c!)[] index, str[] fields) -> ()",
+        records.append_index,
+        _append_index,
+    ),
+    "score_select": (
+        "(Tensor query, Tensor[] index, str[] fields, Tensor page_table, Tensor position, "
+        "Tensor lengths, str score, int page_size, int sink_pages, int window_pages, "
+        "int capacity, int budget_pages, int dense_below) -> Tensor",
+        records.score_select,
+        _score_select,
+    ),
+    "attend": (
+        "(Tensor query, Tensor key_pages, Tensor value_pages, Tensor? bias, Tensor page_table, "
+        "Tensor? pages, bool exclude, Tensor position, Tensor lengths, float scale, "
+        "float softcap, int window, int span) -> (Tensor out, Tensor lse)",
+        paged.attend,
+        _attend,
+    ),
+    "combine": (
+        "(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
+        paged.combine,
+        _combine,
+    ),
+}
+
+for _name, (_schema, _reference, _fake) in OPS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, _reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)

@@ -1,0 +1,296 @@
+"""Derive the step graph: the stateless forward, run on new tokens with a memory in every site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..models.memory.read import SiteTensors, emit_read, emit_write
+from ..models.memory.spec import Memory
+from .classify_tokens import Classified, Gather, Rematerialise
+from .exact import Affine
+from .graph_tools import aten
+from .result import Declined, Site
+from .token_axes import BATCH, TOKEN, Mixed, Value
+
+
+@dataclass
+class StepGraph:
+    """The two step graphs of a model; both take the same inputs.
+
+    Inputs: ``tokens[B, n]`` int64, ``position[B]`` and ``lengths[B]`` int32, then for every site, in
+    order, its page table, key pages, value pages and index fields (`SiteTensors`).
+    Outputs: ``logits[B, n, V]`` and, for the policy read, the number of pages each selecting site
+    read for each sequence, int64 ``[sites, B]``.
+
+    Attributes:
+        dense: reads every page ("dense"), writes pages and index.
+        policy: reads what each memory selects; the same object as `dense` if no site selects.
+        ragged: whether rows may stand at different positions and have different lengths.
+    """
+
+    dense: fx.GraphModule
+    policy: fx.GraphModule
+    ragged: bool
+
+
+def decline_step(module: fx.GraphModule, classified: Classified) -> list[Declined]:
+    """Why no step graph can be derived, apart from the sites' masks; empty if one can."""
+    output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
+    logits = output.args[0]
+    known = classified.values[logits]
+    if isinstance(known, Mixed):
+        return [known.declined]
+    if known.axes[:2] != ((BATCH,), (TOKEN,)) or len(known.axes) != 3:
+        shown = ", ".join("*".join(str(a) for a in axis) or "1" for axis in known.axes)
+        return [
+            Declined(
+                f"the output is [{shown}]; expected logits [batch, token, vocabulary] for all tokens",
+                f"%{logits.name}",
+                "derive_step",
+            )
+        ]
+    return []
+
+
+def remember(
+    module: fx.GraphModule,
+    classified: Classified,
+    sites: list[Site],
+    memories: Mapping[str, Memory],
+) -> StepGraph:
+    """Rewrite the normal form into step graphs.
+
+    Every node keeps its operation except three kinds: attentions become writes and reads of the
+    site's memory; values that were shown to be functions of the position alone are computed from
+    ``position``; token-long slices of tables are gathered at the tokens' positions.
+    """
+    dense = _Builder(module, classified, sites, memories, "dense").build()
+    if not any(memories[site.name].selects for site in sites):
+        return StepGraph(dense.result, dense.result, not dense.shared)
+    policy = _Builder(module, classified, sites, memories, "policy").build()
+    return StepGraph(dense.result, policy.result, not dense.shared)
+
+
+class _Builder:
+    """Builds one step graph."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        classified: Classified,
+        sites: list[Site],
+        memories: Mapping[str, Memory],
+        read: str,
+    ) -> None:
+        self.module, self.classified, self.read = module, classified, read
+        self.sites = {site.node: site for site in sites}
+        self.memories = memories
+        self.graph = fx.Graph()
+        self.copied: dict[fx.Node, fx.Node] = {}
+        self.counts: list[fx.Node] = []
+        self.shared = False  # whether a value without a batch axis was computed from the position
+        self.result = module
+
+    def build(self) -> _Builder:
+        old = self.module.graph
+        inputs = [n for n in old.nodes if n.op == "placeholder"]
+        live = _live(old, self.classified)
+        self.tokens = self.graph.placeholder("tokens")
+        self.position = self.graph.placeholder("position")
+        self.lengths = self.graph.placeholder("lengths")
+        self.state = {site.name: self._state(site) for site in self.sites.values()}
+        self.copied[inputs[0]] = self.tokens
+        self.iota_made: fx.Node | None = None
+        self.base_made: fx.Node | None = None
+        if len(inputs) > 1:
+            self.copied[inputs[1]] = self._position_ids()
+        for node in old.nodes:
+            if node.op == "output":
+                self._output(node)
+            elif node in live and node.op != "placeholder":
+                self.copied[node] = self._step(node)
+        self.graph.eliminate_dead_code(is_impure_node=_is_write)
+        self.graph.lint()
+        self.result = fx.GraphModule(_weights(self.module, self.graph), self.graph, "Step")
+        return self
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def _state(self, site: Site) -> SiteTensors:
+        memory, prefix = self.memories[site.name], f"site{site.layer}_"
+        names = ["page_table", "key_pages", "value_pages", *(f"index_{f}" for f in memory.fields)]
+        return SiteTensors.take(memory, [self.graph.placeholder(prefix + n) for n in names])
+
+    def _step(self, node: fx.Node) -> fx.Node:
+        rewrite = self.classified.rewrites.get(node)
+        if isinstance(rewrite, Gather):
+            new = self._gather(node, rewrite)
+        elif isinstance(rewrite, Rematerialise):
+            new = self._rematerialise(node, rewrite)
+        elif node.name in self.sites:
+            new = self._attention(node, self.sites[node.name])
+        else:
+            new = self.graph.node_copy(node, lambda n: self.copied[n])
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in node.meta:
+                new.meta[key] = node.meta[key]
+        return new
+
+    def _attention(self, node: fx.Node, site: Site) -> fx.Node:
+        query, key, value = (self.copied[n] for n in node.args[:3])  # type: ignore[index]
+        memory, state = self.memories[site.name], self.state[site.name]
+
+        def emit(target: Callable[..., Any], *args: Any) -> fx.Node:
+            made = self.call(target, *args)
+            if target is torch.ops.memcompile.score_select.default:
+                read = self.call(aten.ge.Scalar, made, 0)
+                self.counts.append(self.call(aten.sum.dim_IntList, read, [1, 2, 3]))
+            return made
+
+        emit_write(emit, memory, state, key, value, self.position, self.lengths)
+        out: fx.Node = emit_read(
+            emit,
+            memory,
+            state,
+            self.read,
+            query,
+            self.position,
+            self.lengths,
+            scale=site.scale,
+            softcap=site.softcap,
+            window=site.rule.window,
+            dtype=node.meta["val"].dtype,
+        )
+        return out
+
+    # --- values of the position ---
+
+    def _iota(self) -> fx.Node:
+        """0 .. n-1, int64."""
+        if self.iota_made is None:
+            count = self.call(aten.sym_size.int, self.tokens, 1)
+            device = self.classified_device()
+            self.iota_made = self.call(aten.arange.default, count, dtype=torch.int64, device=device)
+        return self.iota_made
+
+    def classified_device(self) -> torch.device:
+        first = next(iter(self.module.graph.nodes))
+        device: torch.device = first.meta["val"].device
+        return device
+
+    def _position_ids(self) -> fx.Node:
+        """position[b] + i, int64 [B, n]; padding repeats the row's last position, in any table."""
+        last = self.call(aten.clamp.default, self.call(aten.sub.Tensor, self.lengths, 1), 0)
+        inside = self.call(aten.minimum.default, self._iota(), self.call(aten.unsqueeze.default, last, 1))
+        base = self.call(aten.unsqueeze.default, self.position, 1)
+        return self.call(aten.to.dtype, self.call(aten.add.Tensor, inside, base), torch.int64)
+
+    def _positions(self) -> fx.Node:
+        """The positions of the new tokens, int64 [n], the same for every row."""
+        self.shared = True
+        if self.base_made is None:
+            first = self.call(aten.select.int, self.position, 0, 0)
+            self.base_made = self.call(aten.add.Tensor, self._iota(), first)
+        return self.base_made
+
+    def _gather(self, node: fx.Node, gather: Gather) -> fx.Node:
+        source = self.copied[node.args[0]]  # type: ignore[index]
+        rows = self._positions()
+        if gather.start:
+            rows = self.call(aten.add.Tensor, rows, gather.start)
+        return self.call(aten.index_select.default, source, gather.axis, rows)
+
+    def _rematerialise(self, node: fx.Node, known: Rematerialise) -> fx.Node:
+        fake = node.meta["val"]
+        sizes = [self._size(axis) for axis in known.axes]
+        kind = {"dtype": fake.dtype, "device": fake.device}
+        exact = known.exact
+        if not isinstance(exact, Affine):
+            return self.call(aten.full.default, sizes, exact.value, **kind)
+        ((axis, slope),) = exact.coefficients
+        if known.axes[axis] != (TOKEN,):
+            raise AssertionError(f"{node.format_node()}: depends on the batch index")
+        if (BATCH,) in known.axes[:axis]:
+            rows = self._position_ids()
+        else:
+            rows = self._positions()
+        value = self.call(aten.to.dtype, rows, fake.dtype)
+        value = self.call(aten.add.Tensor, self.call(aten.mul.Tensor, value, slope), exact.offset)
+        shape: list[Any] = [1] * len(sizes)
+        shape[axis] = sizes[axis]
+        if (BATCH,) in known.axes[:axis]:
+            batch = known.axes.index((BATCH,))
+            shape[batch] = sizes[batch]
+        value = self.call(aten.reshape.default, value, shape)
+        return self.call(aten.to.dtype, self.call(aten.expand.default, value, sizes), fake.dtype)
+
+    def _size(self, axis: tuple[Any, ...]) -> Any:
+        size: Any = 1
+        for atom in axis:
+            if isinstance(atom, int):
+                factor: Any = atom
+            else:
+                factor = self.call(aten.sym_size.int, self.tokens, int(atom == TOKEN))
+            if isinstance(size, int) and size == 1:
+                size = factor
+            elif isinstance(size, int) and isinstance(factor, int):
+                size *= factor
+            else:
+                import operator
+
+                size = self.call(operator.mul, size, factor)
+        return size
+
+    def _output(self, node: fx.Node) -> None:
+        logits = self.copied[node.args[0]]  # type: ignore[index]
+        counts = [self.call(aten.stack.default, self.counts)] if self.counts else []
+        self.graph.output((logits, *counts))
+
+
+def _is_write(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or (
+        node.target is torch.ops.memcompile.append_index.default
+    )
+
+
+def _live(graph: fx.Graph, classified: Classified) -> set[fx.Node]:
+    """Nodes the step needs: masks are not walked into, nor what an exact value replaces."""
+    live: set[fx.Node] = set()
+    pending = [n for n in graph.nodes if n.op == "output"]
+    while pending:
+        node = pending.pop()
+        if node in live:
+            continue
+        live.add(node)
+        rewrite = classified.rewrites.get(node)
+        if isinstance(rewrite, Rematerialise):
+            continue
+        if node.target is torch.ops.memcompile.attention.default:
+            pending.extend(node.args[:3])  # type: ignore[arg-type]
+        elif isinstance(rewrite, Gather):
+            pending.append(node.args[0])  # type: ignore[arg-type]
+        else:
+            pending.extend(node.all_input_nodes)
+    return live
+
+
+def _weights(module: fx.GraphModule, graph: fx.Graph) -> nn.Module:
+    """A root that holds just the weights the graph reads."""
+    root = nn.Module()
+    for node in graph.nodes:
+        if node.op == "get_attr" and not hasattr(root, node.target):
+            weight = getattr(module, node.target)
+            if isinstance(weight, nn.Parameter):
+                root.register_parameter(node.target, weight)
+            else:
+                root.register_buffer(node.target, weight)
+    return root
+
+
+__all__ = ["StepGraph", "Value", "decline_step", "remember"]

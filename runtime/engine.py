@@ -1,0 +1,288 @@
+"""The engine: runs a step graph beside the memory it reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..models.memory.traffic import bytes_read
+from .memory_state import MemoryState, SiteLayout
+
+# Tokens a dense prefill runs at a time: bounds the logits block without changing any result.
+PREFILL_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Program:
+    """What an engine runs; shared by all engines of one compiled model.
+
+    Attributes:
+        dense, policy: step graphs (see `passes.remember.StepGraph`).
+        layouts: the sites' shapes and memories, in graph order.
+        ragged: whether rows may stand at different positions.
+        limit: largest context the model has positions for, or None.
+        limited_by: what sets the limit, for the message.
+        max_context: context to preallocate, or None to grow.
+        device: where the weights are.
+    """
+
+    dense: fx.GraphModule
+    policy: fx.GraphModule
+    layouts: tuple[SiteLayout, ...]
+    ragged: bool
+    limit: int | None
+    limited_by: str
+    max_context: int | None
+    device: torch.device
+
+
+@dataclass
+class Stats:
+    """What an engine has read since it was made or reset.
+
+    Attributes:
+        tokens: query tokens run, by read mode.
+        pages_read: pages read exactly, per KV head, summed over sites, KV heads, rows and tokens.
+        pages_dense: what dense reads of the same tokens would have read.
+        bytes_read, bytes_dense: the same in bytes of keys, values and index.
+    """
+
+    tokens: dict[str, int] = field(default_factory=lambda: {"dense": 0, "policy": 0})
+    pages_read: int = 0
+    pages_dense: int = 0
+    bytes_read: int = 0
+    bytes_dense: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tokens": dict(self.tokens),
+            "pages_read": self.pages_read,
+            "pages_dense": self.pages_dense,
+            "bytes_read": self.bytes_read,
+            "bytes_dense": self.bytes_dense,
+        }
+
+
+class Engine:
+    """A compiled model with its memory.
+
+    ``prefill`` reads dense, calling the engine reads through the policy; both append their tokens
+    and may be called in any order and split. An engine starts empty; its first call fixes the
+    batch size until `reset`.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._state: MemoryState | None = None
+        # Counts stay tensors until asked for, so that a step never waits for them.
+        self._log: list[tuple[str, list[int], list[int], Tensor | None]] = []
+        self._stats = Stats()
+
+    # --- running ---
+
+    def prefill(
+        self, tokens: Tensor, lengths: Sequence[int] | Tensor | None = None, all_logits: bool = False
+    ) -> Tensor:
+        """Append ``tokens[B, n]`` (int64, n >= 1), every query reading the whole memory.
+
+        Args:
+            lengths: valid tokens a row, right-padded; None means n for all.
+            all_logits: return the logits of every token instead of each row's last.
+
+        Returns:
+            ``[B, 1, V]`` logits of each row's last valid token, or ``[B, n, V]``.
+        """
+        counts = self._admit(tokens, lengths)
+        last: Tensor | None = None
+        every: list[Tensor] = []
+        for start in range(0, tokens.shape[1], PREFILL_TOKENS):
+            chunk = tokens[:, start : start + PREFILL_TOKENS]
+            left = [min(max(c - start, 0), chunk.shape[1]) for c in counts]
+            logits = self._run("dense", chunk, left)
+            if all_logits:
+                every.append(logits)
+            ends = torch.tensor(left, device=logits.device)
+            tail = logits[torch.arange(len(left)), (ends - 1).clamp(min=0)].unsqueeze(1)
+            keep = (ends > 0)[:, None, None]
+            last = tail if last is None else torch.where(keep, tail, last)
+        assert last is not None
+        return torch.cat(every, 1) if all_logits else last
+
+    def __call__(self, tokens: Tensor, lengths: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Append ``tokens[B, n]`` (int64, n >= 1), every query reading what the policy selects.
+
+        Selection is made for each query token, so splitting a call changes nothing.
+
+        Returns:
+            Logits ``[B, n, V]`` in the model's type; rows of padding hold no meaning.
+        """
+        return self._run("policy", tokens, self._admit(tokens, lengths))
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        eos: int | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Greedy continuation: prefill ``tokens[B, n]``, then decode through the policy.
+
+        Args:
+            eos: a row that produced this token repeats it to the end; stops when all rows have.
+            lengths: valid tokens a row of a right-padded batch.
+
+        Returns:
+            The new tokens behind the given ones, int64 ``[B, n + new]``. The last one is not yet
+            in the memory.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
+        out = [tokens]
+        following = self.prefill(tokens, lengths)[:, -1].argmax(-1, keepdim=True)
+        done = torch.zeros_like(following, dtype=torch.bool)
+        for step in range(max_new_tokens):
+            if eos is not None:
+                following = torch.where(done, eos, following)
+                done |= following == eos
+            out.append(following)
+            if step + 1 == max_new_tokens or bool(done.all()):
+                break
+            following = self(following)[:, -1].argmax(-1, keepdim=True)
+        return torch.cat(out, 1)
+
+    # --- the memory ---
+
+    @property
+    def position(self) -> list[int]:
+        """Tokens each row holds; empty before the first call."""
+        return self._state.position if self._state is not None else []
+
+    def reset(self) -> None:
+        """Forget everything, statistics too; the next call may have another batch size."""
+        self._state, self._log, self._stats = None, [], Stats()
+
+    def fork(self) -> Engine:
+        """An engine that remembers the same and goes its own way; weights are shared."""
+        other = Engine(self._program)
+        other._state = self._state.fork() if self._state is not None else None
+        return other
+
+    def rewind(self, n: int) -> None:
+        """Forget the last `n` tokens of every row.
+
+        Raises:
+            ValueError: a row holds fewer tokens, or a sliding window has dropped what would be
+                needed again.
+        """
+        if n < 0 or any(n > held for held in self.position) or self._state is None and n > 0:
+            raise ValueError(f"cannot take back {n} tokens: rows hold {self.position}")
+        if self._state is not None:
+            self._state.rewind([held - n for held in self.position])
+
+    def memory_bytes(self) -> int:
+        """Bytes of the page pools, index and page tables."""
+        return self._state.memory_bytes() if self._state is not None else 0
+
+    def stats(self) -> Stats:
+        """Tokens, pages and bytes read so far; the policy's pages are counted by the graph itself."""
+        for read, start, lengths, counts in self._log:
+            self._account(read, start, lengths, counts)
+        self._log = []
+        return self._stats
+
+    # --- inside ---
+
+    def _admit(self, tokens: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
+        """Check a call before anything changes; valid tokens a row."""
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype != torch.int64:
+            got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else tokens
+            raise ValueError(f"expected tokens[B, n] as an int64 tensor, got {got!r:.80}")
+        batch, n = tokens.shape
+        if n < 1 or batch < 1:
+            raise ValueError(f"tokens[{batch}, {n}] holds no token; give at least one a row")
+        if self._state is not None and batch != self._state.batch:
+            raise ValueError(
+                f"this engine remembers {self._state.batch} rows, got {batch}; call reset() first, or "
+                "compile a second engine"
+            )
+        if isinstance(lengths, Tensor):
+            lengths = lengths.tolist()
+        counts = [n] * batch if lengths is None else [int(c) for c in lengths]
+        if len(counts) != batch or any(not 0 <= c <= n for c in counts) or not any(counts):
+            raise ValueError(f"lengths {counts} for tokens[{batch}, {n}]: give one of 0..{n} a row")
+        if not self._program.ragged and len(set(counts)) > 1:
+            raise ValueError(
+                f"lengths {counts} differ, but this model counts positions by itself, so the rows of "
+                "a batch share one position: give rows of one length, or a model that takes "
+                "position_ids"
+            )
+        held = self.position or [0] * batch
+        limit = self._program.limit
+        longest = max(h + c for h, c in zip(held, counts, strict=True))
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"{longest} tokens exceed the context of {limit} ({self._program.limited_by}); "
+                "reset or rewind the engine, or compile with a larger max_context if the model allows"
+            )
+        return counts
+
+    @torch.no_grad()
+    def _run(self, read: str, tokens: Tensor, lengths: list[int]) -> Tensor:
+        program = self._program
+        if self._state is None:
+            self._state = MemoryState(
+                program.layouts, tokens.shape[0], program.device, program.max_context
+            )
+        state = self._state
+        start = state.position
+        state.reserve(lengths)
+        position = torch.tensor(start, dtype=torch.int32, device=program.device)
+        counts = torch.tensor(lengths, dtype=torch.int32, device=program.device)
+        graph = program.dense if read == "dense" else program.policy
+        logits, *selected = graph(tokens.to(program.device), position, counts, *state.tensors())
+        state.advance(lengths)
+        self._log.append((read, start, lengths, selected[0] if selected else None))
+        if len(self._log) >= 256:
+            self.stats()
+        result: Tensor = logits
+        return result
+
+    def _account(
+        self, read: str, start: list[int], lengths: list[int], counts: Tensor | None
+    ) -> None:
+        stats, chosen = self._stats, 0
+        stats.tokens[read] += sum(lengths)
+        for layout in self._program.layouts:
+            selects = counts is not None and layout.memory.selects
+            for row, (first, length) in enumerate(zip(start, lengths, strict=True)):
+                positions = range(first, first + length)
+                dense_pages, dense_bytes = _dense_totals(layout, positions)
+                stats.pages_dense += dense_pages
+                stats.bytes_dense += dense_bytes
+                if not selects:
+                    stats.pages_read += dense_pages
+                    stats.bytes_read += dense_bytes
+                    continue
+                assert counts is not None
+                pages = int(counts[chosen, row])
+                stats.pages_read += pages
+                stats.bytes_read += sum(
+                    bytes_read(layout.memory, layout, p, window=layout.window) for p in positions
+                )
+            chosen += selects
+
+
+def _dense_totals(layout: SiteLayout, positions: range) -> tuple[int, int]:
+    """Pages and bytes that dense reads at `positions` move, over all KV heads."""
+    size, window = layout.memory.page_size, layout.window
+    pages = tokens = 0
+    for p in positions:
+        first = max(0, p - window + 1) if window else 0
+        pages += p // size - first // size + 1
+        tokens += p + 1 - first
+    width = (layout.key_dim + layout.value_dim) * layout.dtype.itemsize
+    return pages * layout.kv_heads, tokens * layout.kv_heads * width

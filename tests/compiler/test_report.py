@@ -1,0 +1,128 @@
+"""The report: the same after JSON, honest about bytes, and readable."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from memcompile.compiler.report import CONTEXTS, Report, bytes_of, size_of
+from memcompile.models.memory import preset
+from memcompile.passes.result import Declined, MaskRule, Site
+
+SITE = Site(
+    name="model.layers.0.self_attn",
+    layer=0,
+    node="attention",
+    heads=6,
+    kv_heads=2,
+    key_dim=32,
+    value_dim=48,
+    rule=MaskRule("causal"),
+    scale=0.25,
+    softcap=0.0,
+    dtype=torch.bfloat16,
+)
+
+
+def report(**changes: Any) -> Report:
+    sites = [
+        SITE,
+        replace(SITE, layer=1, name="model.layers.1.self_attn", rule=MaskRule("window", 512)),
+        replace(SITE, layer=2, name="model.layers.2.self_attn"),
+    ]
+    scout = preset("scout", dense_layers=1, budget=2048)
+    values: dict[str, Any] = {
+        "model": "Toy",
+        "policy": "scout",
+        "options": {"budget": 2048, "min_context": None},
+        "sites": sites,
+        "memories": {s.name: scout.memory(s.layer, s.rule.window) for s in sites},
+        "declined": [Declined("the mask is data", "where_3", "derive mask rule", "model.py:12")],
+        "max_context": 4096,
+        "ragged": True,
+        "timings": {"export": 1.25},
+        "self_check": {"splits": [1, 4, 8], "worst": 1e-6},
+        "notes": ["reference operations"],
+    }
+    return Report(**{**values, **changes})
+
+
+def test_json_gives_the_report_back() -> None:
+    before = report()
+    assert Report.from_json(json.loads(json.dumps(before.to_json()))) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"version": 99}, "version 99"), ({"extra": 1}, "extra"), ({"sites": None}, "sites")],
+)
+def test_a_foreign_report_is_refused(change: dict[str, Any], message: str) -> None:
+    data = {**report().to_json(), **change}
+    if data["sites"] is None:
+        del data["sites"]
+    with pytest.raises(ValueError, match=message):
+        Report.from_json(data)
+
+
+def test_bytes_of_a_step() -> None:
+    shown = report()
+    dense, window, scout = shown.sites
+    element, heads, key, value = 2, 2, 32, 48
+    for context in CONTEXTS:
+        everything = context * heads * (key + value) * element
+        assert shown.step_bytes(dense, context) == everything
+        assert shown.step_bytes(window, context) == 512 * heads * (key + value) * element
+        pages = context // 64
+        kept = 2048 * heads * (key + value) * element
+        records = pages * heads * 2 * key * element
+        # a skipped page's mean was read by the score already
+        summaries = (pages - 32) * heads * ((key + value) * element + 4)
+        assert kept + records <= shown.step_bytes(scout, context) <= kept + records + summaries
+        assert shown.step_bytes(scout, context) < everything
+
+
+def test_a_short_context_reads_what_dense_reads() -> None:
+    shown = report()
+    assert shown.step_bytes(shown.sites[2], 1024) == shown.sites[2].dense_bytes(1024)
+
+
+def test_the_table_shows_every_site_and_every_decline() -> None:
+    text = str(report())
+    for part in ("model.layers.2.self_attn", "6/2×32:48", "window(512)", "causal"):
+        assert part in text
+    assert "32 pages of 64 by mean-std, compensated" in text
+    assert "the mask is data" in text and "where_3" in text and "model.py:12" in text
+    assert "4096" in text and "reference operations" in text
+
+
+def test_a_site_that_was_left_reads_densely_and_says_so() -> None:
+    shown = report(memories={})
+    assert "untouched" in str(shown) and "no attention was rewritten" in str(shown)
+    assert shown.step_bytes(shown.sites[2], 8192) == shown.sites[2].dense_bytes(8192)
+    assert Report.from_json(shown.to_json()) == shown
+
+
+def test_nothing_rewritten_is_said() -> None:
+    assert "no attention was rewritten" in str(report(sites=[], memories={}))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (300 * 2**20, "300 MiB"),
+        (2**41, "2048 GiB"),
+    ],
+)
+def test_bytes_for_people(count: int, text: str) -> None:
+    assert bytes_of(count) == text
+
+
+def test_sizes_for_people() -> None:
+    assert [size_of(n) for n in (8192, 1000, 131072)] == ["8K", "1000", "128K"]

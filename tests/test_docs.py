@@ -1,0 +1,86 @@
+"""What the README shows is run as it stands, and what the documents point to exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to run in that looks like the checkout to whoever reads from it."""
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_of_the_readme_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from memcompile.compiler.cli import main
+
+    lines = [
+        line.partition("#")[0]
+        for block in blocks((ROOT / "README.md").read_text(), "bash")
+        for line in block.splitlines()
+        if line.startswith("memcompile ")
+    ]
+    assert len(lines) == 2
+    for line in lines:
+        code = main(shlex.split(line)[1:])
+        assert code == 0, capsys.readouterr().err
+    assert (folder / "bytes-small.scout" / "manifest.json").is_file()
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_python_of_the_readme_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks((ROOT / "README.md").read_text(), "python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert "scout" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+def test_make_targets_in_the_documents_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for document in DOCUMENTS:
+        for target in re.findall(r"`make ([a-z]+)", document.read_text()):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{document.name}: {target}"
+
+
+def test_every_option_of_the_command_line_is_documented() -> None:
+    from memcompile.compiler.cli import commands
+
+    text = (ROOT / "docs/cli.md").read_text()
+    missing = [
+        flag
+        for command in commands.commands.values()
+        for parameter in command.params
+        for flag in parameter.opts
+        if flag.startswith("--") and flag not in text
+    ]
+    assert not missing
+
+
+def test_every_option_of_every_policy_is_documented() -> None:
+    import dataclasses
+
+    from memcompile.models.memory import PRESETS
+
+    text = (ROOT / "docs/memory.md").read_text()
+    for name, kind in PRESETS.items():
+        assert f"`{name}`" in text
+        for field in dataclasses.fields(kind):
+            assert f"`{field.name}`" in text, f"{name}: {field.name}"
