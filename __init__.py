@@ -56,7 +56,7 @@ def explain(
     """What `policy` makes of each attention of `model`, and why not of the others.
 
     Args:
-        tokens: int64 ``[B, n]`` to run, so that the report can say what was read; None runs nothing.
+        tokens: int64 ``[B, n]`` to run, so that the report can say what was read.
 
     Returns:
         The report; ``print(report)`` shows it as a table.

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from .vet import Refused, vet_payloads, vet_program
+from .vet import vet_payloads, vet_program
+from .vet_texts import Refused
 
 _ROOT = "archive"
 _MODEL = "models/model.json"
@@ -39,8 +40,8 @@ _STRIDED = 7
 def read_program(path: Path) -> ExportedProgram:
     """Loads the exported program of an archive without executing anything of it.
 
-    The archive is rewritten to a temporary file first: sample inputs are dropped, every field of the
-    graph is checked, weights are copied byte by byte.
+    The archive is rewritten to a temporary file first: sample inputs are dropped, every field of
+    the graph is checked, weights are copied byte by byte.
 
     Raises:
         ValueError: the archive is damaged or holds something that would be executed; the message
@@ -62,8 +63,11 @@ def read_program(path: Path) -> ExportedProgram:
         raise ValueError(f"{path}: {error}") from error
 
 
-def rewrite(source: Path, target: Path) -> None:
-    """Writes to `target` what of the archive `source` is plain data, and only if all of it may be read.
+def rewrite(source: Path, target: Path, *, traces: bool = True) -> None:
+    """Writes to `target` what is plain data in the archive `source`, if nothing in it can run.
+
+    Args:
+        traces: keep the nodes' stack traces, which name files of the machine that exported it.
 
     Raises:
         Refused: an entry that would be executed on loading.
@@ -82,7 +86,7 @@ def rewrite(source: Path, target: Path) -> None:
             payloads.append((folder, config, checked))
             for name, entry in checked.items():
                 _check_record(name, entry, entries, folder)
-        cleaned = vet_program(program)
+        cleaned = vet_program(program, traces=traces)
         # Stored, not deflated: torch reads records in place.
         with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as out:
             out.writestr(f"{_ROOT}/archive_format", b"pt2")

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 import typing
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ import click
 from .. import __version__
 
 if TYPE_CHECKING:
+    from ..runtime.engine import Engine
+    from .load import Loaded
     from .report import Report
 
 OK, INTERNAL, BAD_INPUT, NOT_REWRITTEN = 0, 1, 2, 3
@@ -132,11 +135,11 @@ def build(
     """Build MODEL with a policy and write the result to a folder."""
     options = policy_options(policy, settings, budget=budget, max_context=max_context)
     target = out or Path(default_name(model, policy))
-    if not dry_run:
-        _check_target(target, force)
-
-    from .package import write
+    from .package import check_target, write
     from .pipeline import build as build_model
+
+    if not dry_run:
+        check_target(target, force)
 
     loaded, seconds = _load(model, arch, arch_config, trust_pickle)
     compiled = build_model(loaded.model, policy, strict=not no_strict, **options)
@@ -145,7 +148,7 @@ def build(
     report.timings = {"load": seconds, **report.timings}
     written = not dry_run and compiled.program is not None
     if written:
-        write(compiled, loaded, target)
+        write(target, compiled, source=loaded.tokenizer, force=force)
     if quiet:
         return
     _show(report, as_json)
@@ -315,7 +318,12 @@ def _generate(
     from .report import bytes_of
 
     started = time.perf_counter()
-    following = engine.prefill(torch.tensor([tokens]))[:, -1].argmax(-1, keepdim=True)
+    try:
+        following = engine.prefill(torch.tensor([tokens]))[:, -1].argmax(-1, keepdim=True)
+    except IndexError:
+        raise BadInput(
+            f"run: the model has no token {max(tokens)}; is the prompt meant for another one?"
+        ) from None
     prefilled = time.perf_counter()
     before = replace(engine.stats())
     step = engine if read == "policy" else engine.prefill
@@ -336,6 +344,14 @@ def _generate(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (docs/cli.md lists them)."""
+    with warnings.catch_warnings():
+        # Libraries warn about their own affairs; stderr is for what the user has to know.
+        if not _debugging():
+            warnings.simplefilter("ignore")
+        return _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         commands.main(args=arguments, prog_name="memcompile", standalone_mode=False)
     except click.exceptions.Exit as exit_:
@@ -360,9 +376,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _fail(message: str, code: int) -> int:
     click.echo(f"memcompile: {message}", err=True)
-    if os.environ.get("MEMCOMPILE_DEBUG", "0") != "0" and code != INTERNAL:
+    if _debugging() and code != INTERNAL:
         traceback.print_exc()
     return code
+
+
+def _debugging() -> bool:
+    return os.environ.get("MEMCOMPILE_DEBUG", "0") not in ("", "0")
 
 
 def _is_bad_input(error: Exception) -> bool:
@@ -374,6 +394,9 @@ def _is_bad_input(error: Exception) -> bool:
     if isinstance(error, OSError):
         return True
     if not isinstance(error, ValueError | TypeError | ImportError):
+        return False
+    # An import statement that fails names the module; a refusal ("install transformers") does not.
+    if isinstance(error, ImportError) and error.name is not None:
         return False
     frames = traceback.extract_tb(error.__traceback__)
     home = Path(__file__).resolve().parents[1]
@@ -412,17 +435,6 @@ def _print_json(data: Any) -> None:
     import json
 
     click.echo(json.dumps(data, indent=2))
-
-
-def _check_target(target: Path, force: bool) -> None:
-    """Refuse early, before minutes of work, a folder that could not be written anyway."""
-    if not target.exists():
-        return
-    ours = target.is_dir() and ((target / "manifest.json").is_file() or not any(target.iterdir()))
-    if not ours:
-        raise BadInput(f"{target} exists and is no folder of memcompile's; give another --out DIR")
-    if not force and any(target.iterdir()):
-        raise BadInput(f"{target} exists already; give --force to replace it, or another --out DIR")
 
 
 def _read_text(path: Path) -> str:

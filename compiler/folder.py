@@ -1,4 +1,4 @@
-"""A transformers folder as a module: safetensors and JSON are read, code in the folder never runs."""
+"""A transformers folder as a module: weights and JSON are read, code in the folder never runs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def load_folder(folder: Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: the folder holds no model; the message lists what it holds.
-        ValueError: its files are damaged, or the model would need code from the folder.
-        ImportError: transformers is not installed.
+        ValueError: its files are damaged, the model would need code from the folder, or
+            transformers is not installed.
     """
     config = _config(folder)
     safetensors = _refuse_unknown_weights(folder)
@@ -41,7 +41,7 @@ def load_folder(folder: Path) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             f"{folder}: a transformers folder needs transformers: pip install memcompile[hf]"
         ) from error
     try:
@@ -54,6 +54,7 @@ def load_folder(folder: Path) -> nn.Module:
                 use_safetensors=safetensors,
                 weights_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, with names
             )
     except Exception as error:  # transformers raises many types; each means "not loadable"
         kind = config.get("model_type")
@@ -98,8 +99,8 @@ def _config(folder: Path) -> dict[str, Any]:
         if "manifest.json" in names:
             found += "; a folder that memcompile wrote is opened with `memcompile run`"
         raise FileNotFoundError(
-            f"{folder}: a folder without config.json ({found}); expected a transformers folder with "
-            "config.json and *.safetensors"
+            f"{folder}: a folder without config.json ({found}); expected a transformers folder, "
+            "with config.json and *.safetensors"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -141,8 +142,8 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
     if config.get("auto_map"):
         raise ValueError(
             f"{folder}: config.json maps to code in the folder (auto_map), which memcompile never "
-            f"runs; if transformers' own {config['model_type']!r} is the same model, remove auto_map "
-            "from config.json; otherwise load the module yourself and pass it to memcompile.compile"
+            f"runs; if transformers' own {config['model_type']!r} is the same model, remove the "
+            "entry; otherwise load the module yourself and pass it to memcompile.compile"
         )
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
@@ -151,8 +152,8 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
         )
     if config.get("quantization_config"):
         raise ValueError(
-            f"{folder}: the weights are quantised (quantization_config); save the model in float32, "
-            "float16 or bfloat16"
+            f"{folder}: the weights are quantised (quantization_config); save the model in "
+            "float32, float16 or bfloat16"
         )
     for name in _attentions(config):
         # Other names are looked up on a hub and downloaded as code.

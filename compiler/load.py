@@ -1,4 +1,4 @@
-"""Load: a file or folder as a module or an exported program, told by content, executing nothing of it."""
+"""Load: a file or folder, told by content, as a module or exported program; nothing of it runs."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def load(
     """Loads a model; what it is is told by content, never by the suffix.
 
     Args:
-        path: a transformers folder; an export archive; a state dict (torch.save or safetensors); with
-            `trust_pickle`, a pickled module.
+        path: a transformers folder; an export archive; a state dict (torch.save or safetensors);
+            with `trust_pickle`, a pickled module.
         trust_pickle: unpickle objects, which runs whatever code the file holds.
         arch: ``module:Class`` to load a state dict into. Its module is imported, from the working
             directory too.
@@ -93,8 +93,8 @@ def load(
 
     Raises:
         FileNotFoundError, PermissionError: the path, or a part of the model, cannot be read.
-        ValueError: the file is something else, is damaged, cannot be compiled, or would run code.
-        ImportError: a transformers folder, and transformers is not installed.
+        ValueError: the file is something else, is damaged, cannot be compiled, or would run code;
+            or transformers is needed and not installed.
     """
     path = Path(path)
     if not path.exists():
@@ -235,8 +235,8 @@ def _state_dict(held: Any, path: Path, found: Found) -> dict[str, Tensor]:
     else:
         what = f"a {type(held).__name__}"
     raise ValueError(
-        f"{path}: {found.words} with {what}; expected a state dict (names to tensors), bare or under "
-        f"one of {', '.join(_NESTED)}"
+        f"{path}: {found.words} with {what}; expected a state dict (names to tensors), bare or "
+        f"under one of {', '.join(_NESTED)}"
     )
 
 

@@ -153,6 +153,8 @@ class Report:
             yield Text(line)
         if not self.memories:
             yield Text("no attention was rewritten")
+        elif self.policy != "dense" and not any(m.selects for m in self.memories.values()):
+            yield Text("with these options no attention skips a page: every step reads everything")
         if self.declined:
             yield Text(f"declined: {len(self.declined)}")
             for declined in self.declined:
@@ -165,7 +167,13 @@ class Report:
         if self.max_context is not None:
             yield Text(f"tables that depend on the length hold for {self.max_context} tokens")
         if self.self_check:
-            yield Text("self-check: " + ", ".join(f"{k} {v}" for k, v in self.self_check.items()))
+            figures = ((k.replace("_", " "), v) for k, v in self.self_check.items())
+            yield Text(
+                "self-check: "
+                + ", ".join(
+                    f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures
+                )
+            )
         if self.timings:
             yield Text("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.timings.items()))
         for note in self.notes:

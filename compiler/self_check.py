@@ -44,7 +44,7 @@ def self_check(
         tokens = tokens.to(program.device)
         full = _full(forward, tokens, takes_position_ids)
         noise = 0.0
-        for length in {max(1, total // 2), max(1, total - 1)}:
+        for length in {1, max(1, total // 2), max(1, total - 1)}:
             prefix = _full(forward, tokens[:, :length], takes_position_ids)
             noise = max(noise, _difference(prefix, full[:, :length]))
         scale = float(full.double().abs().max())

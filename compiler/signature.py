@@ -14,8 +14,8 @@ _EXPORT = (
     "dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},) * 2, strict=False)"
 )
 _CACHE = re.compile(r"past|cache|key_value|(^|_)kv(_|$)")
-# A captured graph has the left ones. The default decompositions leave none of them, and the right ones
-# instead, in which an attention can no longer be told from other arithmetic.
+# A captured graph has the whole ones. The default decompositions leave none of them and put the
+# shredded ones instead, in which an attention can no longer be told from other arithmetic.
 _WHOLE = {"linear", "matmul", "einsum", "softmax", "scaled_dot_product_attention"}
 _SHREDDED = {"addmm", "mm", "bmm", "baddbmm", "_softmax", "_safe_softmax", "native_layer_norm"}
 
@@ -23,8 +23,9 @@ _SHREDDED = {"addmm", "mm", "bmm", "baddbmm", "_softmax", "_safe_softmax", "nati
 def check_program(program: ExportedProgram) -> None:
     """Refuses a program from which no step with a memory can be derived.
 
-    Expected are inputs ``input_ids[B, T]`` and, optionally, ``position_ids[B, T]`` of an integer type,
-    B and T symbolic, logits ``[B, T, V]`` as the first output, and a graph as captured, not decomposed.
+    Expected are inputs ``input_ids[B, T]`` and, optionally, ``position_ids[B, T]`` of an integer
+    type, B and T symbolic, logits ``[B, T, V]`` as the first output, and a graph as captured, not
+    decomposed.
 
     Raises:
         ValueError: something else was found; the message names it and how to export instead.
@@ -52,14 +53,15 @@ def check_program(program: ExportedProgram) -> None:
                 )
             if not re.fullmatch(r"\w+", str(size)):
                 raise ValueError(
-                    f"the {meaning} axis of the exported program is not free: {name}{_shape(value)}; "
-                    f"{_EXPORT}"
+                    f"the {meaning} axis of the exported program is not free: "
+                    f"{name}{_shape(value)}; {_EXPORT}"
                 )
     for name in names[1:]:
         if len(names) > 2 or "pos" not in name:
             raise ValueError(
-                f"the exported program takes {', '.join(names)}; expected input_ids and, optionally, "
-                f"position_ids (masks are derived, padding is given by lengths); {_EXPORT}"
+                f"the exported program takes {', '.join(names)}; expected input_ids and, "
+                "optionally, position_ids (masks are derived, padding is given by lengths); "
+                f"{_EXPORT}"
             )
     batch, length = inputs[tokens].shape
     for name in names[1:]:
@@ -101,17 +103,45 @@ def _refuse_caches(program: ExportedProgram, inputs: dict[str, torch.Tensor]) ->
     for name, value in inputs.items():
         if _CACHE.search(name.lower()) or (value.is_floating_point() and value.dim() >= 4):
             raise ValueError(
-                f"the signature of the exported program takes a cache: {name}{_shape(value)}; {mend}"
+                f"the signature of the exported program takes a cache: {name}{_shape(value)}; "
+                f"{mend}"
             )
-    signature = program.graph_signature
-    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if mutated:
+    if mutated := _written(program):
         raise ValueError(
-            f"the exported program keeps a state of its own: it writes {', '.join(mutated[:3])}; {mend}"
+            f"the exported program keeps a state of its own: it writes {', '.join(mutated[:3])}; "
+            f"{mend}"
         )
     for value in _outputs(program)[1:]:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 4:
             raise ValueError(f"the exported program returns a cache{_shape(value)}; {mend}")
+
+
+def _written(program: ExportedProgram) -> list[str]:
+    """Buffers and inputs that the forward changes: named by the signature of a functional graph,
+    written in place by the operators of one as captured."""
+    signature = program.graph_signature
+    found = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    names = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    for node in program.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.is_write and isinstance(value, torch.fx.Node):
+                origin = _origin(value)
+                if origin.op == "placeholder":
+                    found.append(names.get(origin.name, origin.name))
+    return found
+
+
+def _origin(node: torch.fx.Node) -> torch.fx.Node:
+    """The node whose memory `node` is a view of."""
+    while isinstance(node.target, torch._ops.OpOverload):
+        returned = node.target._schema.returns
+        source = node.args[0] if node.args else None
+        if not returned or returned[0].alias_info is None or not isinstance(source, torch.fx.Node):
+            break
+        node = source
+    return node
 
 
 def _check_bounds(program: ExportedProgram, axes: dict[str, Any]) -> None:
@@ -121,13 +151,14 @@ def _check_bounds(program: ExportedProgram, axes: dict[str, Any]) -> None:
         # 2 stands for 1 as well: export never traces a size of 0 or 1 as a symbol.
         if bounds is not None and int(bounds.lower) > 2:
             raise ValueError(
-                f"the exported program holds for a {meaning} axis of at least {bounds.lower} only; a "
-                f"step takes one token: {_EXPORT}"
+                f"the exported program holds for a {meaning} axis of at least {bounds.lower} "
+                f"only, and a step takes one token; {_EXPORT}"
             )
     for guard in getattr(program, "_guards_code", []):
         if "%" in guard or "//" in guard:
             raise ValueError(
-                f"the exported program holds only where {guard}: its token axis is not free; {_EXPORT}"
+                f"the exported program holds only where {guard}: its token axis is not free; "
+                f"{_EXPORT}"
             )
 
 
@@ -137,8 +168,8 @@ def _check_output(program: ExportedProgram) -> None:
     if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or not logits.is_floating_point():
         found = f"a tensor {_shape(logits)}" if isinstance(logits, torch.Tensor) else repr(logits)
         raise ValueError(
-            f"the first output of the exported program is {found}; expected logits [B, T, V] of every "
-            "token; return them first from the forward"
+            f"the first output of the exported program is {found}; expected logits [B, T, V] of "
+            "every token; return them first from the forward"
         )
 
 

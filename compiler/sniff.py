@@ -107,7 +107,11 @@ def _zip(file: IO[bytes]) -> Found:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = [entry for entry in archive.namelist() if not entry.endswith("/")]
+            # Cut off, the directory that is found may be that of an archive inside this one.
+            whole = not entries or min(entry.header_offset for entry in archive.infolist()) == 0
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError):
+        return Found("foreign", "a truncated or damaged zip archive (its directory is missing)")
+    if not whole:
         return Found("foreign", "a truncated or damaged zip archive (its directory is missing)")
     if not entries:
         return Found("foreign", "an empty zip archive")

@@ -27,6 +27,7 @@ from .result import Declined, PassResult
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _SAME_VALUE = (
     aten.to.dtype,
+    aten.type_as.default,
     aten.to.dtype_layout,
     aten._to_copy.default,
     aten.contiguous.default,

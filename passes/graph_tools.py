@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from torch._guards import detect_fake_mode
 
 aten = torch.ops.aten
 
+_TORCH = os.path.dirname(torch.__file__)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -50,6 +52,7 @@ def copy_origin(new: fx.Node, old: fx.Node) -> None:
 def source_line(node: fx.Node) -> str:
     """``file:line`` of the user's own code that made the node, or ""."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [f for f in frames if not f[0].startswith(_TORCH)] or frames
     return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
 
 

@@ -137,6 +137,9 @@ class _Builder:
             new = self._attention(node, self.sites[node.name])
         else:
             new = self.graph.node_copy(node, lambda n: self.copied[n])
+            if new.target is aten.view.default:
+                # A site's output has strides of its own, which a view may not be able to follow.
+                new.target = aten.reshape.default
         for key in ("stack_trace", "nn_module_stack"):
             if key in node.meta:
                 new.meta[key] = node.meta[key]

@@ -43,7 +43,26 @@ def apply_rule(node: fx.Node, state: Classified) -> Value:
     rule = _rule(node)
     if rule is None:
         return _constant_only(node, state)
+    if rule not in _TAKES_SIZES and any(_symbolic_argument(a, state) for a in _flat(node)):
+        raise Refused(f"the number of tokens or rows is used as data by {target_name(node)}")
     return rule(node, state)
+
+
+def _flat(node: fx.Node) -> list[Any]:
+    found: list[Any] = []
+    for operand in (*node.args, *node.kwargs.values()):
+        found += operand if isinstance(operand, list | tuple) else [operand]
+    return found
+
+
+def _symbolic_argument(operand: Any, state: Classified) -> bool:
+    """Whether a number among the arguments is computed from the length or the batch size."""
+    if not _is_number_node(operand):
+        return False
+    size = operand.meta.get("val")
+    if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return False
+    return state.extents.depends(sympy.sympify(size.node.expr))
 
 
 def _rule(node: fx.Node) -> Rule | None:
@@ -62,13 +81,19 @@ def _rule(node: fx.Node) -> Rule | None:
 
 
 def _constant_only(node: fx.Node, state: Classified) -> Value:
+    """An operation without a rule is fine on constants alone, sizes included."""
     inputs = [_value(n, state) for n in node.all_input_nodes]
-    plain = all(not isinstance(a, str) for v in inputs for axis in v.axes for a in axis)
     fake = node.meta.get("val")
-    if inputs and plain and isinstance(fake, torch.Tensor) and all(
-        v.kind is Kind.CONSTANT for v in inputs
-    ):
-        return Value(_fresh_axes(node, state), Kind.CONSTANT)
+    plain = all(
+        isinstance(n.meta.get("val"), torch.Tensor)
+        and v.kind is Kind.CONSTANT
+        and not any(isinstance(a, str) for axis in v.axes for a in axis)
+        for n, v in zip(node.all_input_nodes, inputs, strict=True)
+    )
+    if inputs and plain and isinstance(fake, torch.Tensor):
+        axes = _fresh_axes(node, state)
+        if not any(isinstance(a, str) for axis in axes for a in axis):
+            return Value(axes, Kind.CONSTANT)
     raise Refused(f"{target_name(node)} is not known to keep tokens apart")
 
 
@@ -262,15 +287,24 @@ def _with_tensor(value: Value, node: fx.Node, state: Classified) -> Value:
 def _view(node: fx.Node, state: Classified) -> Value:
     value = _value(node.all_input_nodes[0], state)
     axes = reshape(value.axes, extents(node), state.extents)
-    before = [i for i, axis in enumerate(value.axes) if axis]
-    after = [i for i, axis in enumerate(axes) if axis]
-    same = [value.axes[i] for i in before] == [axes[i] for i in after]
-    table = dict(zip(before, after, strict=True)) if same else {}
-    moved = _moved(value, axes, table.get)
-    if not same and value.exact is not None and isinstance(value.exact, Steps):
-        exact = value.exact if value.exact.is_uniform else None
-        moved = Value(axes, value.kind, exact)
-    return _carry_table(value, _with_tensor(moved, node, state), table.get)
+    table = _kept_axes(value.axes, axes)
+    moved = _with_tensor(_moved(value, axes, table.get), node, state)
+    return _carry_table(value, moved, table.get)
+
+
+def _kept_axes(before: tuple[Axis, ...], after: tuple[Axis, ...]) -> dict[int, int]:
+    """Where axes went in a row-major view: those that are whole on both sides keep their order."""
+    table: dict[int, int] = {}
+    for atom in (TOKEN, BATCH):
+        old = [i for i, axis in enumerate(before) if atom in axis]
+        new = [i for i, axis in enumerate(after) if atom in axis]
+        for i, j in zip(old, new, strict=True):
+            if before[i] == after[j] == (atom,):
+                table[i] = j
+    sized = [[i for i, axis in enumerate(axes) if axis] for axes in (before, after)]
+    if [before[i] for i in sized[0]] == [after[i] for i in sized[1]]:
+        table = dict(zip(*sized, strict=True))
+    return table
 
 
 def _carry_table(value: Value, moved: Value, where: Callable[[int], int | None]) -> Value:
@@ -344,6 +378,8 @@ def _slice(node: fx.Node, state: Classified) -> Value:
     axis = argument(node, "dim") % _rank(value)
     start, end, step = (argument(node, name) for name in ("start", "end", "step"))
     start = 0 if start is None else start
+    if not isinstance(start, int) or not isinstance(step, int):
+        raise Refused("a slice that starts at a place computed from the length")
     size = value.axes[axis]
     out = extents(node)[axis]
     if not any(isinstance(a, str) for a in size):
@@ -356,10 +392,24 @@ def _slice(node: fx.Node, state: Classified) -> Value:
     raise Refused("takes a part of the token axis")
 
 
+def _narrow(node: fx.Node, state: Classified) -> Value:
+    value = _tensor(node, state)
+    axis, start = argument(node, "dim") % _rank(value), argument(node, "start")
+    if any(isinstance(a, str) for a in value.axes[axis]):
+        if start == 0 and _symbol(argument(node, "length")) == extents(node.args[0])[axis]:  # type: ignore[arg-type]
+            return value
+        raise Refused("takes a part of the token axis")
+    return _slice_constant(node, state, value, axis, start, 1, extents(node)[axis])
+
+
 def _slice_constant(
     node: fx.Node, state: Classified, value: Value, axis: int, start: Any, step: int, out: sympy.Expr
 ) -> Value:
+    if not isinstance(start, int):
+        raise Refused("a slice that starts at a place computed from the length")
     if not out.free_symbols:
+        if any(_symbolic_argument(a, state) for a in _flat(node)):
+            raise Refused("a slice that ends at a place computed from the length")
         axes = list(value.axes)
         axes[axis] = state.extents.axis(out)
         return _with_tensor(_moved(value, tuple(axes), lambda i: i), node, state)
@@ -555,6 +605,8 @@ def _pad(node: fx.Node, state: Classified) -> Value:
             continue
         if any(isinstance(a, str) for a in axes[axis]):
             raise Refused("pads the token axis, which shifts tokens against each other")
+        if extents(node)[axis].free_symbols:
+            raise Refused("pads a constant to the number of tokens")
         axes[axis] = state.extents.axis(extents(node)[axis])
     return Value(tuple(axes), value.kind)
 
@@ -704,6 +756,16 @@ def _linear(node: fx.Node, state: Classified) -> Value:
         raise Refused("a linear layer whose weights depend on tokens")
     _keeps_apart(value, [_rank(value) - 1], "sums over")
     return Value((*value.axes[:-1], *weight.axes[:-1]), max(value.kind, weight.kind))
+
+
+def _outer(node: fx.Node, state: Classified) -> Value:
+    left, right = (_value(n, state) for n in node.args)
+    return Value((*left.axes, *right.axes), max(left.kind, right.kind))
+
+
+def _one_hot(node: fx.Node, state: Classified) -> Value:
+    value = _tensor(node, state)
+    return Value((*value.axes, state.extents.axis(extents(node)[-1])), value.kind)
 
 
 def _einsum(node: fx.Node, state: Classified) -> Value:
@@ -902,6 +964,8 @@ def _eye(node: fx.Node, state: Classified) -> Value:
     axes = _fresh_axes(node, state)
     if axes == ((TOKEN,), (TOKEN,)):
         return Value(axes, Kind.CONSTANT, Steps((0, 1), (0, 1, 0), 0, 1))
+    if any(isinstance(a, str) for axis in axes for a in axis):
+        raise Refused("an identity matrix of other than the number of tokens")
     return Value(axes, Kind.CONSTANT)
 
 
@@ -945,6 +1009,8 @@ _RULES: dict[str, Rule] = {
             "aten.hardtanh",
             "aten.glu_jvp",
             "aten.isin",
+            "aten.floor_divide",
+            "aten.remainder",
         ),
         pointwise,
     ),
@@ -961,6 +1027,7 @@ _RULES: dict[str, Rule] = {
     "aten.expand": _expand,
     "aten.expand_as": _expand,
     "aten.slice": _slice,
+    "aten.narrow": _narrow,
     "aten.select": _select,
     **dict.fromkeys(
         ("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.tensor_split"),
@@ -1023,8 +1090,10 @@ _RULES: dict[str, Rule] = {
     ),
     "aten.linear": _linear,
     "aten.einsum": _einsum,
+    **dict.fromkeys(("aten.outer", "aten.ger"), _outer),
     **dict.fromkeys(("aten.conv1d", "aten.conv2d", "aten.convolution"), _conv),
     "aten.embedding": _embedding,
+    "aten.one_hot": _one_hot,
     "aten.index": _index,
     "aten.index_select": _index_select,
     "aten.gather": _gather,
@@ -1037,3 +1106,10 @@ _RULES: dict[str, Rule] = {
     "aten.triu": _triangle(False),
     "aten.eye": _eye,
 }
+
+# Rules whose sizes end up in the shape of the result, where they are checked against its axes, and
+# those that judge symbolic numbers themselves.
+_TAKES_SIZES: frozenset[Rule] = frozenset(
+    {pointwise, _view, _expand, _repeat, _slice, _narrow, _arange, _eye, _scalar_tensor}
+    | {_RULES[f"aten.{name}"] for name in ("zeros", "ones", "full")}
+)

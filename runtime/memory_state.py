@@ -77,8 +77,9 @@ class PageTable:
         """The first page that a query at `position` or later may read."""
         if not self.window:
             return np.zeros_like(position)
-        needed = np.maximum(position - self.window + 1, 0) // self.page_size
-        return np.minimum(needed, self.held)
+        oldest = np.maximum(position - self.window + 1, 0)
+        needed: np.ndarray = np.minimum(oldest // self.page_size, self.held)
+        return needed
 
     def widen(self, columns: int) -> None:
         """Gives the table room for `columns` logical pages."""
@@ -106,7 +107,7 @@ class PageTable:
 
     def release(self, row: int, low: int, high: int) -> np.ndarray:
         """Frees logical pages low .. high - 1 of a sequence; returns their physical numbers."""
-        pages = self.host[row, :, low:high].ravel()
+        pages = self.host[row, :, low:high].flatten()
         self.free = np.concatenate([self.free, pages[::-1]])
         self.put(row, low, high, np.full((self.kv_heads, high - low), -1, np.int32))
         return pages

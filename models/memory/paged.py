@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 1 << 25
+BLOCK_BYTES = 1 << 24
 NEGATIVE_INFINITY = float("-inf")
 
 
@@ -33,7 +33,8 @@ def rows_by_kv_head(query: Tensor, kv_heads: int) -> Tensor:
             f"{query.shape[1]} query heads cannot share {kv_heads} KV heads evenly; "
             "the number of query heads must be a multiple of the number of KV heads"
         )
-    return query.to(wide(query.dtype)).unflatten(1, (kv_heads, -1)).transpose(2, 3)
+    rows: Tensor = query.to(wide(query.dtype)).unflatten(1, (kv_heads, -1)).transpose(2, 3)
+    return rows
 
 
 def token_of_row(position: Tensor, lengths: Tensor, rows: int) -> Tensor:
@@ -56,8 +57,9 @@ def softmax_read(
     Args:
         query: [B, Hkv, r, G, Dk].
         keys, values: [B, Hkv, m, D] shared by the r rows, or [B, Hkv, r, m, D].
-        added: what is added to the logits, visible: what counts; broadcastable to
-            [B, Hkv, r, G, m].
+        added: what is added to the logits, broadcastable to [B, Hkv, r, G, m].
+        visible: what counts among the last m' keys, broadcastable to [B, Hkv, r, G, m']; the keys
+            before them all count. Masking a whole prefill would cost more than its matmuls.
     """
     shared = keys.dim() == 4
     rows = query.shape[2:4]
@@ -71,7 +73,9 @@ def softmax_read(
     if added is not None:
         by_row.add_(added)
     if visible is not None:
-        by_row.masked_fill_(~visible, NEGATIVE_INFINITY)
+        by_row[..., by_row.shape[-1] - visible.shape[-1] :].masked_fill_(
+            ~visible, NEGATIVE_INFINITY
+        )
     peak = logits.amax(-1, keepdim=True)
     peak.masked_fill_(peak == NEGATIVE_INFINITY, 0)
     weights = logits.sub_(peak).exp_()
@@ -105,21 +109,29 @@ def attention(
     placed = out.unflatten(1, (kv_heads, -1)).transpose(2, 3)
     if mask is not None:
         mask = mask.expand(batch, heads, n, m).unflatten(1, (kv_heads, -1)).transpose(2, 3)
-    step = torch.arange(m, device=query.device)
+    key_at = torch.arange(m, device=query.device)
     for block in row_blocks(n, batch * heads * m * rows.element_size()):
         seen = block.stop if is_causal else m
-        visible = (step[:seen] <= step[block, None])[:, None] if is_causal else None
-        added = None
+        visible, added = None, None
+        if is_causal:  # keys before the block are visible to each of its rows
+            visible = (key_at[block] <= key_at[block, None])[:, None]
         if mask is not None:
             part = mask[:, :, block, :, :seen]
-            if mask.dtype == torch.bool:
-                visible = part if visible is None else part & visible
-            else:
+            if mask.dtype != torch.bool:
                 added = part
-        placed[:, :, block] = softmax_read(
-            *(rows[:, :, block], keys[:, :, :seen], values[:, :, :seen]),
-            *(added, visible, scale, softcap),
-        )[0]
+            elif visible is None:
+                visible = part
+            else:
+                visible = part & (key_at[:seen] <= key_at[block, None])[:, None]
+        placed[:, :, block], _ = softmax_read(
+            rows[:, :, block],
+            keys[:, :, :seen],
+            values[:, :, :seen],
+            added,
+            visible,
+            scale,
+            softcap,
+        )
     return out
 
 
@@ -152,6 +164,9 @@ def attend(
     for block, block_out, block_lse in blocks:
         out[:, :, :, block] = block_out.transpose(2, 3)
         lse[:, :, :, block] = block_lse.transpose(2, 3)
+    padding = (token < 0)[:, None, None]
+    out.masked_fill_(padding[..., None], 0)
+    lse.masked_fill_(padding, NEGATIVE_INFINITY)
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 
@@ -174,19 +189,22 @@ def read_table(
     slots = key_pages.shape[1]
     newest = token.amax(1)  # the last token each sequence's rows may see
 
-    def bounds(standing: Tensor) -> tuple[int, int]:
-        """First and last + 1 page that rows standing at these tokens can see."""
+    def bounds(standing: Tensor) -> tuple[int, int, int]:
+        """First and last + 1 page these tokens can see, and the first some of them cannot."""
         live = standing[standing >= 0]
         if not live.numel():
-            return 0, 0
-        low = max(0, int(live.min()) - window + 1) // (slots * span) if window else 0
-        return low, min(table_pages, int(live.max()) // (slots * span) + 1)
+            return 0, 0, 0
+        oldest = int(live.min())
+        low = max(0, oldest - window + 1) // (slots * span) if window else 0
+        high = min(table_pages, int(live.max()) // (slots * span) + 1)
+        return low, high, min(high, (oldest + 1) // (slots * span))
 
-    first, stop = bounds(token)
+    first, stop, _ = bounds(token)
     if first >= stop:
         return
     table = page_table[:, :, first:stop].long()
     assigned = (table >= 0).repeat_interleave(slots, 2)  # [B, Hkv, m]
+    plain = not window and skipped is None and bool(assigned.all())
     table = table.clamp_min(0)
     keys = key_pages[table].flatten(2, 3).to(rows.dtype)
     values = value_pages[table].flatten(2, 3).to(rows.dtype)
@@ -196,20 +214,25 @@ def read_table(
     if bool(unseen.any()):
         values[unseen] = 0
     for block in row_blocks(n, batch * kv_heads * group * len(last) * rows.element_size()):
-        low, high = bounds(token[:, block])
+        low, high, clear = bounds(token[:, block])
         if low >= high:
             continue
         m = slice((low - first) * slots, (high - first) * slots)
-        distance = token[:, None, block, None] - last[m]  # [B, 1, r, m]
-        visible = (distance >= 0) & assigned[:, :, None, m]
+        unclear = slice((clear - first) * slots if plain else m.start, m.stop)
+        distance = token[:, None, block, None] - last[unclear]  # [B, 1, r, m']
+        visible = (distance >= 0) & assigned[:, :, None, unclear]
         if window:
             visible &= distance < window
         if skipped is not None:
             visible &= ~listed(skipped[:, :, block], low, high).repeat_interleave(slots, 3)
         out, lse = softmax_read(
-            *(rows[:, :, block], keys[:, :, m], values[:, :, m]),
+            rows[:, :, block],
+            keys[:, :, m],
+            values[:, :, m],
             None if added is None else added[:, :, None, None, m],
-            *(visible[:, :, :, None], scale, softcap),
+            visible[:, :, :, None],
+            scale,
+            softcap,
         )
         yield block, out, lse
 

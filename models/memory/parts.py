@@ -38,7 +38,7 @@ def field_width(field: str, key_dim: int, value_dim: int) -> int:
 
 def known(what: str, given: object, names: Any) -> None:
     """Refuses a name that is not in `names`, listing those that are."""
-    if given not in names:
+    if given not in [*names]:
         raise ValueError(f"unknown {what} {given!r}; known: {', '.join(map(str, names))}")
 
 

@@ -32,7 +32,7 @@ class SiteTensors:
         count = 3 + len(memory.fields)
         if len(flat) < count:
             raise ValueError(f"{memory.name!r} has {count} state tensors, got {len(flat)}")
-        return cls(*flat[:3], index=tuple(flat[3:count]))
+        return cls(flat[0], flat[1], flat[2], tuple(flat[3:count]))
 
 
 def eager(target: Callable[..., Any], *args: Any) -> Any:

@@ -99,7 +99,8 @@ def page_scores(rows: Tensor, records: dict[str, Tensor], score: str) -> Tensor:
             scores += flat.abs() @ column["std"]
         elif score == "ball":
             scores += flat.norm(dim=-1, keepdim=True) * column["radius"]
-    return scores.unflatten(2, rows.shape[2:4]).amax(3)
+    best: Tensor = scores.unflatten(2, rows.shape[2:4]).amax(3)
+    return best
 
 
 def score_select(

@@ -41,6 +41,11 @@ class Scout:
             whole(name, getattr(self, name), 0)
         fields_for(self.score, self.compensate)
         Read(self.compensate)
+        if self.budget is None and self.min_context is not None:
+            raise ValueError(
+                f"min_context needs a budget: with budget=None every page is read at any length, "
+                f"got min_context={self.min_context!r}; give a budget or leave min_context out"
+            )
         self.memory(self.dense_layers, 0)
 
     def memory(self, layer: int, window: int) -> Memory:
@@ -111,4 +116,5 @@ def page_score(queries: Tensor, keys: Tensor, score: str) -> Tensor:
         return queries @ mean + queries.abs() @ keys.std(0, correction=0)
     if score == "box":
         return torch.maximum(queries * keys.amin(0), queries * keys.amax(0)).sum(-1)
-    return queries @ mean + queries.norm(dim=-1) * (keys - mean).norm(dim=-1).max()
+    ball: Tensor = queries @ mean + queries.norm(dim=-1) * (keys - mean).norm(dim=-1).max()
+    return ball

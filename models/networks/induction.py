@@ -11,7 +11,7 @@ the previous token; `answer`; three constants. Layer 0 pays for `before` with on
 before either attention exactly four channels hold 8, the mean square is exactly 1, and RMSNorm is
 the identity. The MLPs are zero.
 
-**Rotary frequencies.** theta = 2**96 over 32 pairs makes frequency i exactly 8**-i in every dtype.
+**Rotary frequencies.** theta = 2**96 over 32 pairs makes frequency i exactly 8**-i, in 16 bit too.
 Pairs 0..7 turn and tell positions apart; pairs 15..31 turn by less than 1e-6 rad in 16M tokens,
 so content is stored there.
 
@@ -23,8 +23,8 @@ at most N exp(-76). The first token has no previous one and reads itself.
 **Layer 1, the match.** key = one-hot of `before`, query = 8 * one-hot of `now` (logit 64), value =
 `now`. A constant part of the query meets a key only BOS has (logit 32) and its value is zero: heads
 that do not own the symbol, and symbols never seen before, read nothing. Over N keys the rest
-weighs N exp(-32), 2e-9 at 128K. All other logits are 0, so a page holding the match stands alone
-under every page score.
+weighs N exp(-32), 2e-9 at 128K. All other logits are 0: pages without the match score 0 under mean,
+mean-std and box. Under the ball they come second by half a per cent, so its index needs precision.
 
 **Logits.** The follower of a share v_s of the occurrences gets 32 v_s * sqrt(5 / (4 + |v|^2)): 32
 when the followers agree; all other symbols get 0, and BOS (the answer "not seen") about 0.1.

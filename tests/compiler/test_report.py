@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from memcompile.compiler.report import CONTEXTS, Report, bytes_of, size_of
+from memcompile.compiler.report import CONTEXTS, Report, bytes_of, comparison, size_of
 from memcompile.models.memory import preset
 from memcompile.passes.result import Declined, MaskRule, Site
 
@@ -106,8 +107,24 @@ def test_a_site_that_was_left_reads_densely_and_says_so() -> None:
     assert Report.from_json(shown.to_json()) == shown
 
 
+def test_a_policy_that_skips_nothing_is_not_passed_over() -> None:
+    skipping = report()
+    everything = preset("scout", dense_layers=9)
+    idle = report(memories={s.name: everything.memory(s.layer, 0) for s in skipping.sites})
+    assert "reads everything" in str(idle) and "reads everything" not in str(skipping)
+
+
 def test_nothing_rewritten_is_said() -> None:
     assert "no attention was rewritten" in str(report(sites=[], memories={}))
+
+
+def test_policies_stand_side_by_side() -> None:
+    console = Console(width=140, color_system=None)
+    with console.capture() as text:
+        console.print(comparison({"one": report(), "two": report(memories={})}))
+    shown = text.get()
+    for part in ("3 attentions", "one", "two", "6/2×32:48", "policy two: no step can be derived"):
+        assert part in shown
 
 
 @pytest.mark.parametrize(

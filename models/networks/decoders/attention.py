@@ -1,4 +1,4 @@
-"""Ordinary causal attention in the spellings that people write."""
+"""Ordinary causal attention: scores, softmax, heads and groups in the spellings people write."""
 
 from __future__ import annotations
 
@@ -9,37 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .frame import At, Block, Decoder, MaskedDecoder, PositionedDecoder, SpelledDecoder
-
-
-def causal(at: At) -> Tensor:
-    """True on and under the diagonal, bool [T, T]."""
-    index = torch.arange(at.tokens.shape[1], device=at.tokens.device)
-    return index[:, None] >= index[None, :]
-
-
-class SdpaArangeMask(MaskedDecoder):
-    def visible(self, at: At) -> Tensor:
-        return causal(at)
-
-
-class SdpaTrilMask(MaskedDecoder):
-    def visible(self, at: At) -> Tensor:
-        length = at.tokens.shape[1]
-        return torch.tril(torch.ones(length, length, dtype=torch.bool, device=at.tokens.device))
-
-
-class SdpaFloatMask(Decoder):
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, at: At) -> Tensor:
-        length = query.shape[2]
-        mask = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-
-class SdpaSquareSubsequentMask(Decoder):
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, at: At) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(query.shape[2], dtype=query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+from .frame import At, Block, Decoder, SpelledDecoder, causal
 
 
 class SdpaDropoutInEval(Decoder):
@@ -54,135 +24,6 @@ class SdpaDropoutInEval(Decoder):
         )
         dropped: Tensor = self.dropout(out)
         return dropped
-
-
-class TrilBuffer(SpelledDecoder):
-    """nanoGPT: a registered triangle, sliced to the length at hand."""
-
-    triangle: Tensor
-
-    def setup(self) -> None:
-        super().setup()
-        triangle = torch.tril(torch.ones(self.context, self.context))
-        self.register_buffer("triangle", triangle.view(1, 1, self.context, self.context))
-        self.dropout = nn.Dropout(0.1)
-
-    def mask(self, scores: Tensor, at: At) -> Tensor:
-        length = scores.shape[-1]
-        return scores.masked_fill(self.triangle[:, :, :length, :length] == 0, float("-inf"))
-
-    def weigh(self, scores: Tensor) -> Tensor:
-        weights: Tensor = self.dropout(F.softmax(scores, dim=-1))
-        return weights
-
-
-class BoolTrilBufferSdpa(MaskedDecoder):
-    triangle: Tensor
-
-    def setup(self) -> None:
-        super().setup()
-        triangle = torch.tril(torch.ones(self.context, self.context)).bool()
-        self.register_buffer("triangle", triangle)
-
-    def visible(self, at: At) -> Tensor:
-        length = at.tokens.shape[1]
-        return self.triangle[:length, :length]
-
-
-class TriuAdditive(SpelledDecoder):
-    def mask(self, scores: Tensor, at: At) -> Tensor:
-        length = scores.shape[-1]
-        mask = torch.full((length, length), float("-inf"), dtype=scores.dtype)
-        return scores + torch.triu(mask, diagonal=1)
-
-
-class FinfoMinFill(SpelledDecoder):
-    def mask(self, scores: Tensor, at: At) -> Tensor:
-        return scores.masked_fill(~causal(at), torch.finfo(scores.dtype).min)
-
-
-class WhereMask(SpelledDecoder):
-    def mask(self, scores: Tensor, at: At) -> Tensor:
-        return torch.where(causal(at), scores, -1e9)
-
-
-class WhereTensorMask(SpelledDecoder):
-    """GPT-2's: the fill is a zero-dimensional tensor."""
-
-    def mask(self, scores: Tensor, at: At) -> Tensor:
-        lowest = torch.full([], torch.finfo(scores.dtype).min, dtype=scores.dtype)
-        return torch.where(causal(at), scores, lowest)
-
-
-class OneMinusMask(SpelledDecoder):
-    """BERT's: a 0/1 float mask turned into a large negative bias."""
-
-    def mask(self, scores: Tensor, at: At) -> Tensor:
-        keep = causal(at).to(scores.dtype)
-        return scores + (1.0 - keep) * -1e4
-
-
-class LogicalNotMask(SpelledDecoder):
-    def mask(self, scores: Tensor, at: At) -> Tensor:
-        length = scores.shape[-1]
-        keep = torch.tril(torch.ones((length, length), device=scores.device)).bool()
-        return scores.masked_fill_(torch.logical_not(keep), float("-inf"))
-
-
-class FlippedComparison(SpelledDecoder):
-    def mask(self, scores: Tensor, at: At) -> Tensor:
-        length = scores.shape[-1]
-        row = torch.arange(length).view(-1, 1).expand(length, length)
-        column = torch.arange(length).view(1, -1)
-        return scores.masked_fill(column > row, float("-inf"))
-
-
-class ShiftedComparison(SpelledDecoder):
-    """`k < q + 1`, in floating point."""
-
-    def mask(self, scores: Tensor, at: At) -> Tensor:
-        index = torch.arange(scores.shape[-1], dtype=torch.float32)
-        return scores.masked_fill((index[None, :] < index[:, None] + 1.0).logical_not(), -1e30)
-
-
-class MaskThenScale(SpelledDecoder):
-    def score(self, query: Tensor, key: Tensor) -> Tensor:
-        return torch.matmul(query, key.transpose(2, 3))
-
-    def mask(self, scores: Tensor, at: At) -> Tensor:
-        return (scores + torch.where(causal(at), 0.0, float("-inf"))) * self.scale
-
-
-class ExpandedTwoDimensionalMask(SpelledDecoder):
-    """transformers of old: ones [B, T] expanded and joined with the triangle."""
-
-    def mask(self, scores: Tensor, at: At) -> Tensor:
-        attended = torch.ones_like(at.tokens)[:, None, None, :].bool()
-        return scores.masked_fill(~(attended & causal(at)[None, None]), float("-inf"))
-
-
-class SharedMask(SpelledDecoder):
-    """One additive mask, made once and read by every layer."""
-
-    def decode(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        at = At(tokens, positions, 0)
-        bias = torch.where(causal(at), 0.0, torch.finfo(torch.float32).min)[None, None]
-        x = self.embed(at)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            query, key, value = self.project(block, block.before_attention(x))
-            out = torch.softmax(self.score(query, key) + bias, dim=-1) @ value
-            x = x + block.output(self.join(out))
-            x = x + self.mlp(block, block.before_mlp(x))
-        return self.finish(self.last_norm(x))
-
-
-class PositionIdsMask(PositionedDecoder):
-    """The triangle drawn from the position input itself."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, at: At) -> Tensor:
-        visible = at.positions[:, None, :, None] >= at.positions[:, None, None, :]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
 
 
 class EinsumAttention(SpelledDecoder):
@@ -298,17 +139,6 @@ class LogSoftmaxExp(SpelledDecoder):
         return F.log_softmax(scores, dim=-1).exp()
 
 
-class MaskedThenRenormalised(SpelledDecoder):
-    """Softmax over everything, then the triangle, then the sum to one restored."""
-
-    def mask(self, scores: Tensor, at: At) -> Tensor:
-        return scores
-
-    def weigh(self, scores: Tensor) -> Tensor:
-        weights = torch.softmax(scores, dim=-1).tril()
-        return weights / weights.sum(dim=-1, keepdim=True)
-
-
 class GroupedExpand(Decoder):
     """transformers' repeat_kv: expand and reshape."""
 
@@ -402,6 +232,8 @@ class ValuesAreKeys(SpelledDecoder):
 class CrossLayerKeyValue(Decoder):
     """Layer 0 computes keys and values, layer 1 reads them again."""
 
+    layers: ClassVar[int] = 2
+
     def decode(self, tokens: Tensor, positions: Tensor) -> Tensor:
         at = At(tokens, positions, 0)
         x = self.embed(at)
@@ -414,45 +246,6 @@ class CrossLayerKeyValue(Decoder):
             x = x + block.output(self.join(self.attend(query, key, value, at)))
             x = x + self.mlp(block, block.before_mlp(x))
         return self.finish(self.last_norm(x))
-
-
-class SlidingArange(MaskedDecoder):
-    def visible(self, at: At) -> Tensor:
-        distance = self.distance(at)
-        return (distance >= 0) & (distance < 9)
-
-
-class SlidingInclusive(MaskedDecoder):
-    """`q - k <= 5` keeps six keys."""
-
-    def visible(self, at: At) -> Tensor:
-        index = torch.arange(at.tokens.shape[1])
-        past = index[None, :] <= index[:, None]
-        near = index[:, None] - index[None, :] <= 5
-        return past.logical_and(near)
-
-
-class SlidingTriu(SpelledDecoder):
-    def mask(self, scores: Tensor, at: At) -> Tensor:
-        ones = torch.ones(scores.shape[-2:], dtype=torch.bool)
-        band = torch.triu(torch.tril(ones), diagonal=-6)
-        return scores.masked_fill(~band, float("-inf"))
-
-
-class SlidingLong(MaskedDecoder):
-    """A window longer than any short trial run."""
-
-    def visible(self, at: At) -> Tensor:
-        distance = self.distance(at)
-        return (distance >= 0) & (distance < 40)
-
-
-class SlidingAlternate(MaskedDecoder):
-    """Gemma's: a window on even layers, everything on odd ones."""
-
-    def visible(self, at: At) -> Tensor:
-        distance = self.distance(at)
-        return (distance >= 0) & (distance < 7) if at.layer % 2 == 0 else distance >= 0
 
 
 class QueryKeyNorm(Decoder):
@@ -518,3 +311,90 @@ class DifferentialAttention(SpelledDecoder):
         first = self.weigh(self.mask(q1 @ k1.mT, at))
         second = self.weigh(self.mask(q2 @ k2.mT, at))
         return (first - 0.4 * second) @ value
+
+
+class LectureHeads(Decoder):
+    """The lecture's: every head a module of its own, [B, T, D], joined by cat."""
+
+    triangle: Tensor
+
+    def setup(self) -> None:
+        super().setup()
+        self.register_buffer("triangle", torch.tril(torch.ones(self.context, self.context)))
+
+    def attention(self, block: Block, x: Tensor, at: At) -> Tensor:
+        length = x.shape[1]
+        queries, keys, values = (
+            y.chunk(self.heads, dim=-1) for y in (block.query(x), block.key(x), block.value(x))
+        )
+        outs = []
+        for query, key, value in zip(queries, keys, values, strict=True):
+            scores = query @ key.transpose(-2, -1) * self.scale
+            scores = scores.masked_fill(self.triangle[:length, :length] == 0, float("-inf"))
+            outs.append(F.softmax(scores, dim=-1) @ value)
+        joined: Tensor = block.output(torch.cat(outs, dim=-1))
+        return joined
+
+
+class SdpaThreeDimensional(Decoder):
+    """SDPA over [B * H, T, D]."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, at: At) -> Tensor:
+        out = F.scaled_dot_product_attention(
+            query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), is_causal=True
+        )
+        split: Tensor = out.unflatten(0, (-1, self.heads))
+        return split
+
+
+class HeadMajorBmm(SpelledDecoder):
+    """Heads folded ahead of the batch, [H * B, T, D]."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, at: At) -> Tensor:
+        batch, heads, length, _ = query.shape
+        query, key, value = (
+            y.transpose(0, 1).reshape(heads * batch, length, -1) for y in (query, key, value)
+        )
+        out = torch.bmm(self.weigh(self.mask(self.score(query, key), at)), value)
+        return out.view(heads, batch, length, -1).transpose(0, 1)
+
+
+class GroupedTiledExpand(GroupedExpand):
+    """The same as a tile, written with expand: the group axis stands ahead of the heads."""
+
+    def spread(self, x: Tensor) -> Tensor:
+        batch, heads, length, width = x.shape
+        group = self.heads // self.kv_heads
+        x = x[:, None].expand(batch, group, heads, length, width)
+        return x.reshape(batch, heads * group, length, width)
+
+
+class GroupedUnlike(GroupedExpand):
+    """Keys are interleaved over heads, values tiled."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, at: At) -> Tensor:
+        group = self.heads // self.kv_heads
+        key, value = key.repeat_interleave(group, dim=1), value.repeat(1, group, 1, 1)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+class RepeatedBlock(Decoder):
+    """One block run three times over."""
+
+    def decode(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        at = At(tokens, positions, 0)
+        x = self.embed(at)
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        for _ in range(3):
+            x = self.run_block(block, x, at)
+        return self.finish(self.last_norm(x))
+
+
+class PositionalKeys(Decoder):
+    """Keys come from a table of positions, not from the tokens."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, at: At) -> Tensor:
+        table = self.places.weight[: query.shape[2]].view(-1, self.heads, self.key_dim)
+        key = table.transpose(0, 1).expand(query.shape[0], -1, -1, -1)
+        return super().attend(query, 2.0 * key, value, at)

@@ -24,6 +24,12 @@ class At(NamedTuple):
     layer: int
 
 
+def causal(at: At) -> Tensor:
+    """True on and under the diagonal, bool [T, T]."""
+    index = torch.arange(at.tokens.shape[1], device=at.tokens.device)
+    return index[:, None] >= index[None, :]
+
+
 class Block(nn.Module):
     """The weights of one layer: four projections, two norms, one MLP."""
 
@@ -54,7 +60,7 @@ class Decoder(nn.Module):
     kv_heads: ClassVar[int] = 4
     key_dim: ClassVar[int] = 6
     value_dim: ClassVar[int] = 6
-    layers: ClassVar[int] = 2
+    layers: ClassVar[int] = 1
     context: ClassVar[int] = 64
     spare: ClassVar[int] = 0
 

@@ -63,6 +63,8 @@ class FusedUnbind(FusedSplit):
 class FusedByHead(FusedSplit):
     """GPT-NeoX's: each head's query, key and value lie together."""
 
+    layers: ClassVar[int] = 2
+
     def attention(self, block: Block, x: Tensor, at: At) -> Tensor:
         fused = self.fused[at.layer](x)
         fused = fused.view(*x.shape[:2], self.heads, 3 * self.key_dim).transpose(1, 2)
@@ -95,6 +97,8 @@ class FlatProjections(SpelledDecoder):
 
 class GatedMlp(RotaryDecoder):
     """A Llama by hand: rotary, RMS norms, SiLU gate, no biases in the stream."""
+
+    layers: ClassVar[int] = 2
 
     def mlp(self, block: Block, x: Tensor) -> Tensor:
         gate, up = block.up(self.norm(x)).chunk(2, dim=-1)
@@ -162,6 +166,8 @@ class OneHotExperts(Decoder):
 
 class LatentKeyValue(SpelledDecoder):
     """DeepSeek's shape: keys from a narrow latent beside one shared rotary key."""
+
+    layers: ClassVar[int] = 2
 
     key_dim: ClassVar[int] = 8
 

@@ -343,3 +343,113 @@ class ScaledEmbedding(Decoder):
     def embed(self, at: At) -> Tensor:
         embedded: Tensor = self.embedding(at.tokens) * math.sqrt(at.tokens.shape[1])
         return embedded + self.place(at)
+
+
+class TableRowByLength(Decoder):
+    """One row for the length at hand, taken by an index."""
+
+    def place(self, at: At) -> Tensor:
+        return super().place(at) + self.places.weight[at.tokens.shape[1] - 1]
+
+
+class TableSplitAtLength(Decoder):
+    """The first T rows, by split."""
+
+    def place(self, at: At) -> Tensor:
+        length = at.tokens.shape[1]
+        rows: Tensor = self.places.weight.split([length, self.context - length])[0]
+        return rows
+
+
+class TableTailByLength(Decoder):
+    """Three rows from the length on, summed into every token."""
+
+    spare: ClassVar[int] = 3
+
+    def place(self, at: At) -> Tensor:
+        length = at.tokens.shape[1]
+        rows = self.places.weight[length : length + 3]
+        return super().place(at) + rows.sum(0)
+
+
+class TableRolledByLength(Decoder):
+    def place(self, at: At) -> Tensor:
+        length = at.tokens.shape[1]
+        return self.places.weight.roll(length, 0)[:length]
+
+
+class EmptyLengthBranch(Decoder):
+    """A single token alone takes another way."""
+
+    def mix(self, x: Tensor, at: At) -> Tensor:
+        return x * 2.0 if x.shape[1] == 1 else x
+
+
+class ShiftedRange(Decoder):
+    """arange(T, 2 T)."""
+
+    spare: ClassVar[int] = 64
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        return torch.arange(length, 2 * length)
+
+
+class NegativeRange(Decoder):
+    """arange(-T, 0), which indexes a table from its end."""
+
+    def place(self, at: At) -> Tensor:
+        return self.places.weight[torch.arange(-at.tokens.shape[1], 0)]
+
+
+class RepeatedRange(Decoder):
+    """Positions of all rows in one flat tensor, tiled: right."""
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        batch, length = tokens.shape
+        return torch.arange(length).repeat(batch).view(batch, length)
+
+
+class InterleavedRange(Decoder):
+    """The same with repeat_interleave: the rows are scrambled."""
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        batch, length = tokens.shape
+        return torch.arange(length).repeat_interleave(batch).view(batch, length)
+
+
+class BatchRange(Decoder):
+    """arange over the batch where the tokens were meant."""
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        return torch.arange(tokens.shape[0])[:, None].expand_as(tokens)
+
+
+class ByteCumsum(Decoder):
+    """Positions summed in eight bits: at 128 they begin again below zero."""
+
+    context: ClassVar[int] = 300
+    spare: ClassVar[int] = 300
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        count = torch.ones(tokens.shape[1], dtype=torch.int8).cumsum(0, dtype=torch.int8)
+        return count.long() + 150
+
+
+class HalfPositions(Decoder):
+    """Positions pass through bfloat16: past 256 neighbours are rounded together."""
+
+    context: ClassVar[int] = 300
+    spare: ClassVar[int] = 1
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        return torch.arange(tokens.shape[1]).to(torch.bfloat16).long()
+
+
+class HalfCumsum(Decoder):
+    context: ClassVar[int] = 300
+    spare: ClassVar[int] = 1
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        ones = torch.ones(tokens.shape[1], dtype=torch.bfloat16)
+        return (ones.cumsum(0) - 1).long()

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import causal
-from .frame import At, Block, Decoder, MaskedDecoder, PositionedDecoder, SpelledDecoder
+from .frame import At, Block, Decoder, MaskedDecoder, PositionedDecoder, SpelledDecoder, causal
 
 
 class Bidirectional(Decoder):
@@ -25,6 +24,8 @@ class BidirectionalSpelled(SpelledDecoder):
 
 class BidirectionalLastLayer(MaskedDecoder):
     """Causal everywhere but in the last layer."""
+
+    layers: ClassVar[int] = 2
 
     def visible(self, at: At) -> Tensor:
         distance = self.distance(at)
@@ -138,7 +139,7 @@ class ShiftedTriangle(SpelledDecoder):
 
     def setup(self) -> None:
         super().setup()
-        self.register_buffer("triangle", torch.ones(self.context, self.context).tril())
+        self.register_buffer("triangle", torch.ones(self.context + 1, self.context + 1).tril())
 
     def mask(self, scores: Tensor, at: At) -> Tensor:
         length = scores.shape[-1]
@@ -456,8 +457,6 @@ class PositionWindowFromTheEnd(PositionedDecoder):
 class PackedPositions(PositionedDecoder):
     """A position that does not follow its neighbour starts a new document."""
 
-    layers: ClassVar[int] = 1
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, at: At) -> Tensor:
         breaks = at.positions.diff(dim=1, prepend=at.positions[:, :1] - 1) != 1
         document = breaks.cumsum(-1)
@@ -465,3 +464,117 @@ class PackedPositions(PositionedDecoder):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=(same & causal(at))[:, None]
         )
+
+
+class TurnedTriangle(SpelledDecoder):
+    """A lower triangle, sliced, turned, sliced again: in the end an upper one."""
+
+    triangle: Tensor
+
+    def setup(self) -> None:
+        super().setup()
+        self.register_buffer("triangle", torch.ones(self.context, self.context).tril())
+
+    def mask(self, scores: Tensor, at: At) -> Tensor:
+        length = scores.shape[-1]
+        keep = self.triangle[:length].T[:length]
+        return scores.masked_fill(keep == 0, float("-inf"))
+
+
+class InvertedWhere(SpelledDecoder):
+    """The two branches are exchanged: the past is hidden."""
+
+    def mask(self, scores: Tensor, at: At) -> Tensor:
+        return torch.where(causal(at).tril(-1), -1e9, scores)
+
+
+class TwoKindsOfScores(SpelledDecoder):
+    """Near keys are scored one way, far keys another."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, at: At) -> Tensor:
+        near = (at.positions[:, None] - at.positions[None, :]) < 4
+        scores = torch.where(near, self.score(query, key), self.score(key, query))
+        return self.weigh(self.mask(scores, at)) @ value
+
+
+class SoftcapAfterMask(SpelledDecoder):
+    """Minus infinity becomes minus the cap: hidden keys are seen after all."""
+
+    def mask(self, scores: Tensor, at: At) -> Tensor:
+        return 4.0 * torch.tanh(super().mask(scores, at) / 4.0)
+
+
+class ShrunkMask(SpelledDecoder):
+    """A mask of -1e4 that the scale behind it shrinks to -2."""
+
+    def score(self, query: Tensor, key: Tensor) -> Tensor:
+        return query @ key.mT * 2000.0
+
+    def mask(self, scores: Tensor, at: At) -> Tensor:
+        return (scores + (1.0 - causal(at).to(scores.dtype)) * -1e4) * 2e-4
+
+
+class OverwhelmedMask(SpelledDecoder):
+    """Scores so large that -1e4 hides nothing for sure."""
+
+    def score(self, query: Tensor, key: Tensor) -> Tensor:
+        return query @ key.mT * 3000.0
+
+    def mask(self, scores: Tensor, at: At) -> Tensor:
+        return scores + (1.0 - causal(at).to(scores.dtype)) * -1e4
+
+
+class ZeroOneFloatMask(Decoder):
+    """A mask of ones and zeros passed as floats: it is added, not obeyed."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, at: At) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=causal(at).to(query.dtype)
+        )
+
+
+class BoolMaskAdded(SpelledDecoder):
+    """True is one: the past is only a little likelier."""
+
+    def mask(self, scores: Tensor, at: At) -> Tensor:
+        return scores + causal(at)
+
+
+class SubtractedNegative(SpelledDecoder):
+    """Two signs: the future gets plus ten thousand."""
+
+    def mask(self, scores: Tensor, at: At) -> Tensor:
+        return scores - torch.where(causal(at), 0.0, -1e4)
+
+
+class NegatedScores(SpelledDecoder):
+    """Mask less scores: the least alike is read most."""
+
+    def mask(self, scores: Tensor, at: At) -> Tensor:
+        return torch.where(causal(at), 0.0, float("-inf")) - scores
+
+
+class TransposedWeights(SpelledDecoder):
+    """Each key hands out its value to the queries that read it."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, at: At) -> Tensor:
+        return self.weigh(self.mask(self.score(query, key), at)).mT @ value
+
+
+class FractionalWindow(SpelledDecoder):
+    """A window in tenths: at its edge rounding decides, differently along the sequence."""
+
+    def mask(self, scores: Tensor, at: At) -> Tensor:
+        where = at.positions.to(torch.float32) * 0.1
+        near = where[:, None] - where[None, :] < 0.7
+        return scores.masked_fill(~(near & causal(at)), float("-inf"))
+
+
+class ByteIndices(SpelledDecoder):
+    """Row and column numbers in eight bits: past 255 they begin again."""
+
+    context: ClassVar[int] = 300
+
+    def mask(self, scores: Tensor, at: At) -> Tensor:
+        index = torch.arange(scores.shape[-1]).to(torch.uint8)
+        return scores.masked_fill(index[:, None] < index[None, :], float("-inf"))

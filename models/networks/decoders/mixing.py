@@ -6,8 +6,6 @@ other numbers than the full forward. A compiler must remember what they need, or
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -424,8 +422,6 @@ class OuterTokens(Decoder):
 class SameTokenCount(Decoder):
     """How often a token's own id occurs in the input so far."""
 
-    layers: ClassVar[int] = 1
-
     def mix(self, x: Tensor, at: At) -> Tensor:
         same = at.tokens[:, :, None] == at.tokens[:, None, :]
         count = same.tril().sum(-1, keepdim=True)
@@ -461,3 +457,46 @@ class LogitsSummed(Decoder):
 
     def finish(self, x: Tensor) -> Tensor:
         return super().finish(x).cumsum(1)
+
+
+class DoubledTokens(Decoder):
+    """Each token stands twice in the sequence that attention sees."""
+
+    def attention(self, block: Block, x: Tensor, at: At) -> Tensor:
+        doubled = torch.stack((x, x.flip(-1)), dim=2).flatten(1, 2)
+        out = super().attention(block, doubled, at)
+        return out[:, 1::2]
+
+
+class SqueezedGate(Decoder):
+    """A gate with its token axis squeezed: nothing happens until a call brings one token."""
+
+    def mix(self, x: Tensor, at: At) -> Tensor:
+        gate = torch.sigmoid(x.sum(-1, keepdim=True)).squeeze(1)
+        return x * gate
+
+
+class SqueezedQueries(Decoder):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, at: At) -> Tensor:
+        return super().attend(query.squeeze(2) * 1.5, key, value, at)
+
+
+class BatchMean(Decoder):
+    """Every row sees the mean of all rows at its own token."""
+
+    def mix(self, x: Tensor, at: At) -> Tensor:
+        return x + x.mean(0, keepdim=True)
+
+
+class LastLogitsByIndex(Decoder):
+    """nanoGPT at inference: the head runs on x[:, [-1], :]."""
+
+    def finish(self, x: Tensor) -> Tensor:
+        return super().finish(x[:, [-1], :])
+
+
+class LogitsTransposed(Decoder):
+    """[B, V, T], the way a cross entropy likes them."""
+
+    def finish(self, x: Tensor) -> Tensor:
+        return super().finish(x).transpose(1, 2)

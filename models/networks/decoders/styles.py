@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import GroupedBeforeTranspose, TrilBuffer
+from .attention import GroupedBeforeTranspose
 from .frame import At, Block
 from .layouts import GatedMlp
+from .masking import TrilBuffer
 from .positions import RotaryTables, SlicedTable
 
 
 class NanoGpt(SlicedTable, TrilBuffer):
     """nanoGPT: sliced learned positions, one fused projection, a triangle buffer, a tied head."""
+
+    layers: ClassVar[int] = 2
 
     def setup(self) -> None:
         super().setup()
@@ -34,4 +39,6 @@ class NanoGpt(SlicedTable, TrilBuffer):
 
 
 class LlamaTables(GroupedBeforeTranspose, RotaryTables, GatedMlp):
-    """llama2.c's model.py: sliced rotary tables, pairs interleaved, KV heads repeated, SiLU gate."""
+    """llama2.c's: sliced rotary tables, pairs interleaved, KV heads repeated, a SiLU gate."""
+
+    layers: ClassVar[int] = 2

@@ -1,0 +1,348 @@
+"""The folder a compiled model is kept in: written whole or not at all, checked when opened."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from ..models.memory import preset_from_json
+from .archive import one_line, read_program, rewrite
+from .folder import tokenizer_files
+
+if TYPE_CHECKING:
+    from ..runtime.engine import Engine
+    from .pipeline import Compiled
+
+FORMAT = "memcompile"
+VERSION = 1
+_MANIFEST, _PROGRAM, _WEIGHTS, _REPORT = (
+    "manifest.json",
+    "program.pt2",
+    "weights.safetensors",
+    "report.json",
+)
+
+
+def write(
+    out: str | Path, compiled: Compiled, *, source: Path | None = None, force: bool = False
+) -> Path:
+    """Writes a compiled model to the folder `out`, which appears complete or not at all.
+
+    Args:
+        out: the folder; its parent must exist.
+        compiled: what `pipeline.build` returned.
+        source: the folder the model came from; the files of its tokenizer are copied.
+        force: replace `out` if it is a folder that memcompile wrote. The old one stays until the
+            new one is complete.
+
+    Raises:
+        FileExistsError: `out` exists, and `force` is not given or it holds something else.
+        FileNotFoundError: the parent of `out` does not exist.
+        ValueError: there is no engine to write, or a weight cannot be written.
+    """
+    out = Path(out)
+    if compiled.program is None:
+        raise ValueError("nothing was rewritten, so there is no engine to write; see its declines")
+    check_target(out, force)
+    target = out.resolve()
+    # Beside the target, so that renaming never crosses file systems.
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        _fill(new, compiled, source)
+        check_target(out, force)
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+    return out
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Refuses a folder that must not be written; cheap, so that it can be asked before the work.
+
+    Raises:
+        FileExistsError: it exists, and `force` is not given or memcompile did not write it.
+        FileNotFoundError: its parent does not exist.
+    """
+    if not out.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{out}: its parent folder does not exist; make it first")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
+        raise FileExistsError(f"{out}: already exists and is kept; give --force to replace it")
+    if not _is_package(out):
+        raise FileExistsError(
+            f"{out}: not a folder that memcompile wrote, so it is kept even with --force; give "
+            "another --out"
+        )
+
+
+def open_engine(path: str | Path) -> Engine:
+    """The engine kept in the folder `path`, empty, as if it had just been compiled.
+
+    Nothing in the folder is executed: the program goes through the same checks as any archive.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file of it is missing.
+        ValueError: a file was changed or cut off, or another version wrote it.
+    """
+    from .capture import Captured
+    from .pipeline import build_captured
+
+    folder = Path(path)
+    manifest = _read_manifest(folder)
+    program = read_program(folder / _PROGRAM)
+    _pour(program, folder / _WEIGHTS, manifest["weights"])
+    captured = Captured(program, manifest["takes_position_ids"], manifest["model"])
+    compiled = build_captured(
+        captured,
+        preset_from_json(manifest["policy"]),
+        max_context=manifest["max_context"],
+        strict=True,
+        check=False,  # checked when it was compiled; the files are the same to the bit
+    )
+    if [site.to_json() for site in compiled.sites] != manifest["sites"]:
+        raise ValueError(
+            f"{folder}: memcompile {_own_version()} finds other attentions in it than memcompile "
+            f"{manifest['memcompile']}, which wrote it; compile the model again"
+        )
+    return compiled.engine()
+
+
+def _fill(folder: Path, compiled: Compiled, source: Path | None) -> None:
+    assert compiled.program is not None
+    captured = compiled.captured
+    weights = {**captured.program.state_dict, **captured.program.constants}
+    stored, layout = _pack(weights)
+    _save_tensors(stored, folder / _WEIGHTS)
+    _save_program(captured.program, folder / _PROGRAM)
+    (folder / _REPORT).write_text(json.dumps(compiled.report.to_json(), indent=1) + "\n")
+    for file in tokenizer_files(source) if source is not None and source.is_dir() else []:
+        shutil.copyfile(file, folder / file.name)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "memcompile": _own_version(),
+        "torch": torch.__version__,
+        "model": captured.name,
+        "takes_position_ids": captured.takes_position_ids,
+        "policy": compiled.preset.to_json(),
+        "max_context": compiled.program.max_context,
+        "sites": [site.to_json() for site in compiled.sites],
+        "weights": layout,
+        "files": {
+            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            for file in sorted(folder.iterdir())
+        },
+    }
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _save_program(program: ExportedProgram, path: Path) -> None:
+    """Saved as it will be read: what could not be opened again is found now."""
+    raw = path.with_suffix(".raw.pt2")
+    torch.export.save(_hollow(program), raw)
+    try:
+        rewrite(raw, path, traces=False)
+    except ValueError as error:
+        raise ValueError(f"the program cannot be kept: {error}") from error
+    finally:
+        raw.unlink(missing_ok=True)
+
+
+def _hollow(program: ExportedProgram) -> ExportedProgram:
+    """The program with one element in place of each weight: its archive is the graph alone."""
+
+    def placeholder(tensor: Tensor) -> Tensor:
+        empty = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        return (
+            nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+        )
+
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=program.graph,
+        graph_signature=program.graph_signature,
+        state_dict={name: placeholder(t) for name, t in program.state_dict.items()},
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=None,
+        constants={
+            name: placeholder(value) if isinstance(value, Tensor) else value
+            for name, value in program.constants.items()
+        },
+        verifiers=[program.verifier],
+    )
+
+
+def _pack(weights: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors as safetensors keeps them (each once, contiguous, real) and what undoes that."""
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    strides: dict[str, list[int]] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in weights.items():
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            kind = type(tensor).__name__
+            raise ValueError(f"weight {name!r} is a {kind}; only dense tensors can be written")
+        tensor = tensor.detach()
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        if tensor.numel() and key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        if not tensor.is_contiguous():
+            strides[name] = list(tensor.stride())
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        stored[name] = real.cpu().contiguous()
+    return stored, {"aliases": aliases, "strides": strides}
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        # Tensors may still share storage (slices of one): each gets bytes of its own.
+        save_file({name: _alone(tensor) for name, tensor in tensors.items()}, path)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"the weights cannot be written as safetensors: {one_line(error)}"
+        ) from error
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+def _pour(program: ExportedProgram, path: Path, layout: Mapping[str, Any]) -> None:
+    """Puts the weights back in place of their placeholders."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged: {one_line(error)}") from error
+    made: dict[str, Tensor] = {}
+    for places in (program.state_dict, program.constants):
+        for name, hollow in places.items():
+            origin = layout["aliases"].get(name, name)
+            if origin not in made:
+                if origin not in stored:
+                    raise ValueError(f"{path}: holds no weight {origin!r}, which the program needs")
+                made[origin] = _restored(stored.pop(origin), hollow, layout["strides"].get(origin))
+            weight = made[origin]
+            if weight.shape != hollow.shape or weight.dtype != hollow.dtype:
+                raise ValueError(
+                    f"{path}: {name!r} is {list(weight.shape)} {weight.dtype}; the program expects "
+                    f"{list(hollow.shape)} {hollow.dtype}"
+                )
+            places[name] = weight
+    if stored:
+        raise ValueError(f"{path}: holds {sorted(stored)[:3]}, which the program does not use")
+
+
+def _restored(tensor: Tensor, hollow: Tensor, strides: list[int] | None) -> Tensor:
+    if hollow.is_complex():
+        tensor = torch.view_as_complex(tensor)
+    # Strides of overlapping tensors (expanded ones) have no room for values of their own.
+    if strides is not None and 0 not in strides:
+        tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+    tensor = tensor.to(hollow.device)
+    return nn.Parameter(tensor, requires_grad=False) if isinstance(hollow, nn.Parameter) else tensor
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, once every file has been found to be the one it describes."""
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing there"
+        raise FileNotFoundError(f"{folder}: {found}; expected a folder that memcompile wrote")
+    path = folder / _MANIFEST
+    if not path.is_file():
+        names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise FileNotFoundError(
+            f"{folder}: no {_MANIFEST} in it (it holds {names}); expected a folder that memcompile "
+            "wrote"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged JSON: {one_line(error)}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: not the manifest of a folder that memcompile wrote")
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: version {manifest.get('version')!r}, written by memcompile "
+            f"{manifest.get('memcompile')}; memcompile {_own_version()} reads version {VERSION}: "
+            "compile the model again, or use that version"
+        )
+    expected: dict[str, type | tuple[type, ...]] = {
+        "model": str,
+        "takes_position_ids": bool,
+        "policy": dict,
+        "max_context": (int, type(None)),
+        "sites": list,
+        "weights": dict,
+        "files": dict,
+    }
+    for key, kind in expected.items():
+        if not isinstance(manifest.get(key), kind) or key not in manifest:
+            raise ValueError(f"{path}: damaged: its {key!r} is {manifest.get(key)!r}")
+    for name in (_PROGRAM, _WEIGHTS):
+        if name not in manifest["files"]:
+            raise ValueError(f"{path}: damaged: it does not list {name}")
+    for name, facts in manifest["files"].items():
+        _check_file(folder, name, facts)
+    return manifest
+
+
+def _check_file(folder: Path, name: str, facts: Any) -> None:
+    file = folder / name
+    if Path(name).name != name or not isinstance(facts, dict):
+        raise ValueError(f"{folder / _MANIFEST}: damaged: it lists the file {name!r}")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: missing; {_MANIFEST} lists it")
+    size = file.stat().st_size
+    if size != facts.get("bytes"):
+        raise ValueError(
+            f"{file}: {size} bytes where {_MANIFEST} says {facts.get('bytes')}: cut off or changed"
+        )
+    if _sha256(file) != facts.get("sha256"):
+        raise ValueError(f"{file}: not the file that was written (its sha256 differs)")
+
+
+def _is_package(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("memcompile")
+    except importlib.metadata.PackageNotFoundError:
+        return "from a checkout"
