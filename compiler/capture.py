@@ -1,4 +1,4 @@
-"""Capture: a model's stateless forward as one pre-dispatch ATen program, batch and token axes symbolic."""
+"""Capture a stateless forward as one pre-dispatch ATen program, batch and tokens symbolic."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Captured:
             ``position_ids[B, T]`` int64; first output ``logits[B, T, V]``.
         takes_position_ids: whether `position_ids` is an input.
         name: class name of the model, for reports.
-        forward: the model's own forward with the same inputs, or None when only a program was given.
+        forward: the model's own forward on the same inputs; None if only a program was given.
     """
 
     program: ExportedProgram
@@ -47,7 +47,7 @@ def capture(model: nn.Module | ExportedProgram, *, max_context: int | None = Non
             are resolved.
 
     Raises:
-        NotRewritten: the forward cannot be captured with a symbolic token axis; the message says why.
+        NotRewritten: the forward cannot be captured with a symbolic token axis, and why.
     """
     if isinstance(model, ExportedProgram):
         names = model.graph_signature.user_inputs
@@ -89,8 +89,8 @@ class _Forward(nn.Module):
         logits = getattr(out, "logits", out[0] if isinstance(out, tuple | list) else out)
         if not isinstance(logits, Tensor):
             raise TypeError(
-                f"the forward of {type(self.model).__name__} returned {type(out).__name__}; expected "
-                "logits[B, T, V], a tuple that starts with them, or an object with .logits"
+                f"the forward of {type(self.model).__name__} returned {type(out).__name__}; "
+                "expected logits[B, T, V], a tuple that starts with them, or an object with .logits"
             )
         return logits
 
@@ -106,9 +106,7 @@ def _stateless_forward(model: nn.Module) -> tuple[_Forward, bool]:
     return _Forward(model, takes, extra), takes
 
 
-def _held(
-    forward: _Forward, model: nn.Module, max_context: int | None
-) -> Callable[..., Tensor]:
+def _held(forward: _Forward, model: nn.Module, max_context: int | None) -> Callable[..., Tensor]:
     """The model's own forward under the same rotary resolution, for the self-check."""
 
     def run(*inputs: Tensor) -> Tensor:

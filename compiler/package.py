@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def write(
         ValueError: there is no engine to write, or a weight cannot be written.
     """
     out = Path(out)
-    if compiled.program is None:
+    if compiled.program is None or compiled.captured is None:
         raise ValueError("nothing was rewritten, so there is no engine to write; see its declines")
     check_target(out, force)
     target = out.resolve()
@@ -125,8 +126,8 @@ def open_engine(path: str | Path) -> Engine:
 
 
 def _fill(folder: Path, compiled: Compiled, source: Path | None) -> None:
-    assert compiled.program is not None
     captured = compiled.captured
+    assert compiled.program is not None and captured is not None
     weights = {**captured.program.state_dict, **captured.program.constants}
     stored, layout = _pack(weights)
     _save_tensors(stored, folder / _WEIGHTS)
@@ -156,7 +157,9 @@ def _fill(folder: Path, compiled: Compiled, source: Path | None) -> None:
 def _save_program(program: ExportedProgram, path: Path) -> None:
     """Saved as it will be read: what could not be opened again is found now."""
     raw = path.with_suffix(".raw.pt2")
-    torch.export.save(_hollow(program), raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it finds placeholders odd
+        torch.export.save(_hollow(program), raw)
     try:
         rewrite(raw, path, traces=False)
     except ValueError as error:
@@ -169,7 +172,9 @@ def _hollow(program: ExportedProgram) -> ExportedProgram:
     """The program with one element in place of each weight: its archive is the graph alone."""
 
     def placeholder(tensor: Tensor) -> Tensor:
-        empty = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        # An expanded empty tensor would claim a storage that it does not cover.
+        one = torch.zeros((), dtype=tensor.dtype)
+        empty = one.expand(tensor.shape) if tensor.numel() else one.new_zeros(tensor.shape)
         return (
             nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
         )

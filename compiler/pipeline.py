@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from .. import models as _models  # noqa: F401 (registers the operations)
-from ..models.memory import Dense, Scout, preset
+from ..models.memory import Preset, preset
 from ..models.memory.spec import Memory
 from ..passes.classify_tokens import Classified, classify_tokens
 from ..passes.find_sites import find_sites
@@ -24,8 +22,8 @@ from ..passes.fold_attention import fold_attention
 from ..passes.remember import StepGraph, decline_step, remember
 from ..passes.result import Declined, NotRewritten, PassResult, Site
 from ..passes.strip_asserts import strip_asserts
-from ..passes.undo_repeat_kv import undo_repeat_kv
 from ..passes.token_axes import Kind, Value
+from ..passes.undo_repeat_kv import undo_repeat_kv
 from ..passes.unlift import unlift
 from ..passes.verify import verify
 from ..runtime.engine import Engine, Program
@@ -47,7 +45,7 @@ class Compiled:
     """A model whose attentions have been given memories.
 
     Attributes:
-        captured: the program that was compiled.
+        captured: the program that was compiled; None if the model could not be captured.
         preset: the policy with its options.
         sites: the attentions, in graph order.
         memories: what each site remembers, by site name.
@@ -56,8 +54,8 @@ class Compiled:
         program: what engines run, or None when nothing could be rewritten (``strict=False``).
     """
 
-    captured: Captured
-    preset: Dense | Scout
+    captured: Captured | None
+    preset: Preset
     sites: list[Site]
     memories: dict[str, Memory]
     declined: list[Declined]
@@ -106,25 +104,20 @@ def build(
     except NotRewritten as refused:
         if strict:
             raise
-        report = Report(type(model).__name__, policy, dataclasses.asdict(chosen))
+        report = _report(type(model).__name__, chosen, max_context)
         report.declined = refused.declined
-        return Compiled(
-            Captured(None, False, type(model).__name__),  # type: ignore[arg-type]
-            chosen, [], {}, refused.declined, report, None,
-        )
+        return Compiled(None, chosen, [], {}, refused.declined, report, None)
     seconds = time.perf_counter() - started
     if name is not None:
         captured.name = name
-    compiled = build_captured(
-        captured, chosen, max_context=max_context, strict=strict, check=check
-    )
+    compiled = build_captured(captured, chosen, max_context=max_context, strict=strict, check=check)
     compiled.report.timings = {"capture": seconds, **compiled.report.timings}
     return compiled
 
 
 def build_captured(
     captured: Captured,
-    chosen: Dense | Scout,
+    chosen: Preset,
     *,
     max_context: int | None = None,
     strict: bool = True,
@@ -137,8 +130,7 @@ def build_captured(
             no step can be derived; every decline is listed with its node and source line.
     """
     name = captured.name
-    options = {k: v for k, v in chosen.to_json().items() if k != "preset"}
-    report = Report(name, str(chosen.to_json()["preset"]), options, max_context=max_context)
+    report = _report(name, chosen, max_context)
     timings = report.timings
     with _stage(timings, "normalise"):
         module, declined = normalise(captured.program)
@@ -196,6 +188,11 @@ def build_captured(
     return compiled
 
 
+def _report(name: str, chosen: Preset, max_context: int | None) -> Report:
+    options = dict(chosen.to_json())
+    return Report(name, options.pop("preset"), options, max_context=max_context)
+
+
 def normalise(program: ExportedProgram) -> tuple[fx.GraphModule, list[Declined]]:
     """The normal form of a program: weights as attributes, one node an attention."""
     result = unlift(program)
@@ -220,9 +217,7 @@ def debug(level: int, text: Callable[[], str]) -> None:
         print(text(), file=sys.stderr)
 
 
-def _stops(
-    captured: Captured, module: fx.GraphModule, classified: Classified
-) -> list[Declined]:
+def _stops(captured: Captured, module: fx.GraphModule, classified: Classified) -> list[Declined]:
     """What stops a step besides masks: mixed tokens on the way to the logits, fixed lengths."""
     stops = decline_step(module, classified)
     token = classified.extents.token
@@ -231,7 +226,7 @@ def _stops(
             Declined("the batch or the token axis has a fixed size", str(token), "capture")
         )
     for symbol, bounds in captured.program.range_constraints.items():
-        # 0 and 1 are special to torch.export and never traced; above that the forward must not care.
+        # torch.export assumes sizes of at least 2; the self-check covers single tokens and rows.
         if symbol in (token, classified.extents.batch) and bounds.lower > 2:
             stops.append(
                 Declined(
@@ -249,20 +244,20 @@ def _limit(
 ) -> tuple[int | None, str]:
     """The longest context for which every table the model reads has a row."""
     limits = [(b.limit, f"the table read by {b.node} ends there") for b in classified.bounds]
-    bounds = captured.program.range_constraints.get(classified.extents.token)  # type: ignore[call-overload]
+    bounds = captured.program.range_constraints.get(classified.extents.token)
     if bounds is not None and bounds.upper.is_Integer:
         limits.append((int(bounds.upper), "the forward accepts no more tokens"))
     if max_context is not None:
         limits.append((max_context, "max_context"))
-    return min(limits, default=(None, ""), key=lambda pair: pair[0])  # type: ignore[arg-type,return-value]
+    return min(limits, default=(None, ""), key=lambda pair: pair[0])
 
 
 def _refusal(name: str, sites: list[Site]) -> str:
     if sites:
         return f"{name}: {len(sites)} attentions were found, but no step can be derived"
     return (
-        f"{name}: no attention was rewritten. Looked for scaled_dot_product_attention calls and for "
-        "matmul - scale - mask - softmax - matmul, causal or with a sliding window"
+        f"{name}: no attention was rewritten. Looked for scaled_dot_product_attention calls and "
+        "for matmul - scale - mask - softmax - matmul, causal or with a sliding window"
     )
 
 

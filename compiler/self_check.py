@@ -14,8 +14,8 @@ from ..runtime.engine import Engine, Program
 
 # Batch, tokens and the calls they are split into: odd, with single tokens and a single row.
 _SPLITS: tuple[tuple[int, tuple[int, ...]], ...] = (
-    (1, (1, 1, 1, 5, 3)),
-    (2, (7, 1, 1, 2)),
+    (2, (7, 1, 3)),
+    (1, (1, 1, 5, 3)),
     (3, (3, 8)),
 )
 
@@ -36,23 +36,22 @@ def self_check(
         NotRewritten: the step differs, or the forward is not a function of the prefix alone.
     """
     generator = torch.Generator().manual_seed(0)
-    worst, allowed, compared = 0.0, 0.0, 0
-    for batch, split in _SPLITS:
+    worst, allowed, compared, noise = 0.0, 0.0, 0, 0.0
+    for trial, (batch, split) in enumerate(_SPLITS):
         split = _within(split, program.limit)
         total = sum(split)
         tokens = torch.randint(vocabulary, (batch, total), generator=generator)
         tokens = tokens.to(program.device)
         full = _full(forward, tokens, takes_position_ids)
-        noise = 0.0
-        for length in {1, max(1, total // 2), max(1, total - 1)}:
+        for length in () if trial else {1, max(1, total // 2), max(1, total - 1)}:
             prefix = _full(forward, tokens[:, :length], takes_position_ids)
             noise = max(noise, _difference(prefix, full[:, :length]))
         scale = float(full.double().abs().max())
         # Rounding errors of successive layers add up like a random walk.
         band = 8 * math.sqrt(len(program.layouts)) * torch.finfo(full.dtype).eps * scale
         # A forward that looks ahead, or at the length, differs from its own prefix by far more
-        # than rounding; half a percent of the largest logit is beyond any precision's noise here.
-        if noise > max(band, 0.005 * scale) and full.dtype in (torch.float32, torch.float64):
+        # than rounding does.
+        if noise > max(band, 0.005 * scale):
             raise NotRewritten(
                 "the forward of a prefix is not the prefix of the forward",
                 [

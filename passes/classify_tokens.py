@@ -65,7 +65,7 @@ def classify_tokens(module: fx.GraphModule) -> Classified:
     at other tokens. Everything unknown is `Mixed`; being mixed matters only if it reaches the
     logits or an attention.
     """
-    from .token_rules import apply_rule
+    from .rules import apply_rule
 
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     tokens = placeholders[0].meta["val"]

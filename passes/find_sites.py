@@ -70,7 +70,9 @@ def _rule(node: fx.Node, classified: Classified) -> MaskRule | Declined:
         if argument(node, "is_causal"):
             return decline("both is_causal and a mask are given")
         if not isinstance(masked.exact, Steps):
-            return decline("the mask is not understood: it is no function of query minus key position")
+            return decline(
+                "the mask is not understood: it is no function of query minus key position"
+            )
         rule = mask_rule(masked.exact, len(masked.axes))
     if isinstance(rule, str):
         return decline(f"the mask is not understood: {rule}")

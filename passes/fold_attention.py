@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
+from ..models import ops as _registered  # noqa: F401 (registers memcompile.attention)
 from .graph_tools import (
     argument,
     aten,
@@ -56,18 +58,24 @@ def fold_attention(module: fx.GraphModule) -> PassResult:
     graph, result = module.graph, PassResult(module)
     sizes = _Sizes(graph)
     for node in calls(graph, aten.scaled_dot_product_attention.default):
-        _attempt(result, node, lambda n=node: _fold_sdpa(graph, n, sizes))  # type: ignore[misc]
+        _attempt(result, _fold_sdpa, graph, node, sizes)
     for node in calls(graph, *_SOFTMAX):
         if node.users:
-            _attempt(result, node, lambda n=node: _fold_spelled(graph, n, sizes))  # type: ignore[misc]
+            _attempt(result, _fold_spelled, graph, node, sizes)
     remove_dead(graph)
     module.recompile()
     return result
 
 
-def _attempt(result: PassResult, node: fx.Node, rewrite: Any) -> None:
+def _attempt(
+    result: PassResult,
+    rewrite: Callable[[fx.Graph, fx.Node, _Sizes], None],
+    graph: fx.Graph,
+    node: fx.Node,
+    sizes: _Sizes,
+) -> None:
     try:
-        rewrite()
+        rewrite(graph, node, sizes)
         result.applied += 1
     except _Unmatched as miss:
         result.declined.append(miss.declined)
@@ -157,7 +165,7 @@ def _walk_up(node: fx.Node, found: _Logits) -> None:
             _note_mask(found, node, "fill", (mask, fill))
             node = scores  # type: ignore[assignment]
         elif target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
-            condition, shown, other = node.args
+            at, (condition, shown, other) = node, node.args
             if scalar_value(other) is not None or not _leads_to_product(other):
                 _note_mask(found, node, "keep", (condition, other))
                 node = shown  # type: ignore[assignment]
@@ -165,7 +173,7 @@ def _walk_up(node: fx.Node, found: _Logits) -> None:
                 _note_mask(found, node, "fill", (condition, shown))
                 node = other  # type: ignore[assignment]
             if not isinstance(node, fx.Node):
-                raise _Unmatched("a where without scores", softmax_free(condition))
+                raise _Unmatched("a where without scores", at)
         elif target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) == 1:
             left, right = node.args
             if _leads_to_product(left):
@@ -185,12 +193,6 @@ def _walk_up(node: fx.Node, found: _Logits) -> None:
             return
         else:
             raise _Unmatched("this operation stands between the scores and the softmax", node)
-
-
-def softmax_free(node: Any) -> fx.Node:
-    """A node to report, whatever the argument was."""
-    assert isinstance(node, fx.Node)
-    return node
 
 
 def _note_mask(found: _Logits, node: fx.Node, kind: str, operands: tuple[Any, ...]) -> None:
@@ -288,10 +290,10 @@ def _last_two(axes: Any, rank: int) -> bool:
 
 
 def _einsum_operands(graph: fx.Graph, product: fx.Node) -> tuple[fx.Node, fx.Node]:
-    equation, operands = product.args[:2]
-    left, right, out = _einsum_parts(str(equation), product)
+    equation, operands = str(product.args[0]), cast(list[fx.Node], product.args[1])
+    left, right, out = _einsum_parts(equation, product)
     batch, row, col = out[:-2], out[-2], out[-1]
-    first, second = operands  # type: ignore[misc]
+    first, second = operands
     if row in right and col in left:
         left, right, first, second = right, left, second, first
     summed = [c for c in left if c in right and c not in out]
@@ -299,8 +301,8 @@ def _einsum_operands(graph: fx.Graph, product: fx.Node) -> tuple[fx.Node, fx.Nod
         raise _Unmatched(f"einsum {equation!r} is no product of queries and keys", product)
     width = summed[0]
     return (
-        _permuted(graph, first, left, batch + row + width, product),  # type: ignore[arg-type]
-        _permuted(graph, second, right, batch + col + width, product),  # type: ignore[arg-type]
+        _permuted(graph, first, left, batch + row + width, product),
+        _permuted(graph, second, right, batch + col + width, product),
     )
 
 
@@ -326,13 +328,13 @@ def _value_operand(graph: fx.Graph, product: fx.Node) -> fx.Node:
         value = product.args[1]
         assert isinstance(value, fx.Node)
         return value
-    equation, operands = product.args[:2]
-    left, right, out = _einsum_parts(str(equation), product)
+    equation, operands = str(product.args[0]), cast(list[fx.Node], product.args[1])
+    left, right, out = _einsum_parts(equation, product)
     batch, col = left[:-2], left[-1]
     width = [c for c in right if c not in left]
     if len(width) != 1 or sorted(out) != sorted(left[:-1] + width[0]):
         raise _Unmatched(f"einsum {equation!r} is no product of probabilities and values", product)
-    return _permuted(graph, operands[1], right, batch + col + width[0], product)  # type: ignore[index]
+    return _permuted(graph, operands[1], right, batch + col + width[0], product)
 
 
 def _one_mask(graph: fx.Graph, found: _Logits, at: fx.Node) -> fx.Node | None:
@@ -376,7 +378,9 @@ def _replace(
     tensors = [query, key, value]
     flat = len(shape) == 3
     if len(shape) not in (3, 4):
-        raise _Unmatched(f"queries have {len(shape)} axes; known are [B, H, n, D] and [B*H, n, D]", node)
+        raise _Unmatched(
+            f"queries have {len(shape)} axes; known are [B, H, n, D] and [B*H, n, D]", node
+        )
     if len(extents(key)) != len(shape) or len(extents(value)) != len(shape):
         raise _Unmatched("queries, keys and values have different numbers of axes", node)
     if mask is not None and flat and mask.meta["val"].dim() == 3:
@@ -385,7 +389,9 @@ def _replace(
         tensors = [_split_heads(graph, t, sizes, node) for t in tensors]
     heads = tuple(extents(t)[1] for t in tensors)
     if not all(h.is_Integer for h in heads) or heads[1] != heads[2] or heads[0] % heads[1]:
-        raise _Unmatched(f"{heads[0]} query heads, {heads[1]} key heads, {heads[2]} value heads", node)
+        raise _Unmatched(
+            f"{heads[0]} query heads, {heads[1]} key heads, {heads[2]} value heads", node
+        )
     new = emit(
         graph,
         torch.ops.memcompile.attention.default,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +16,15 @@ from .classify_tokens import Classified, Gather, Rematerialise
 from .exact import Affine
 from .graph_tools import aten
 from .result import Declined, Site
-from .token_axes import BATCH, TOKEN, Mixed, Value
+from .token_axes import BATCH, TOKEN, Mixed
 
 
 @dataclass
 class StepGraph:
     """The two step graphs of a model; both take the same inputs.
 
-    Inputs: ``tokens[B, n]`` int64, ``position[B]`` and ``lengths[B]`` int32, then for every site, in
-    order, its page table, key pages, value pages and index fields (`SiteTensors`).
+    Inputs: ``tokens[B, n]`` int64, ``position[B]`` and ``lengths[B]`` int32, then for every site,
+    in order, its page table, key pages, value pages and index fields (`SiteTensors`).
     Outputs: ``logits[B, n, V]`` and, for the policy read, the number of pages each selecting site
     read for each sequence, int64 ``[sites, B]``.
 
@@ -49,7 +50,7 @@ def decline_step(module: fx.GraphModule, classified: Classified) -> list[Decline
         shown = ", ".join("*".join(str(a) for a in axis) or "1" for axis in known.axes)
         return [
             Declined(
-                f"the output is [{shown}]; expected logits [batch, token, vocabulary] for all tokens",
+                f"the output is [{shown}]; expected logits [batch, token, vocabulary]",
                 f"%{logits.name}",
                 "derive_step",
             )
@@ -178,11 +179,11 @@ class _Builder:
         """0 .. n-1, int64."""
         if self.iota_made is None:
             count = self.call(aten.sym_size.int, self.tokens, 1)
-            device = self.classified_device()
+            device = self._device()
             self.iota_made = self.call(aten.arange.default, count, dtype=torch.int64, device=device)
         return self.iota_made
 
-    def classified_device(self) -> torch.device:
+    def _device(self) -> torch.device:
         first = next(iter(self.module.graph.nodes))
         device: torch.device = first.meta["val"].device
         return device
@@ -190,7 +191,9 @@ class _Builder:
     def _position_ids(self) -> fx.Node:
         """position[b] + i, int64 [B, n]; padding repeats the row's last position, in any table."""
         last = self.call(aten.clamp.default, self.call(aten.sub.Tensor, self.lengths, 1), 0)
-        inside = self.call(aten.minimum.default, self._iota(), self.call(aten.unsqueeze.default, last, 1))
+        inside = self.call(
+            aten.minimum.default, self._iota(), self.call(aten.unsqueeze.default, last, 1)
+        )
         base = self.call(aten.unsqueeze.default, self.position, 1)
         return self.call(aten.to.dtype, self.call(aten.add.Tensor, inside, base), torch.int64)
 
@@ -219,15 +222,13 @@ class _Builder:
         ((axis, slope),) = exact.coefficients
         if known.axes[axis] != (TOKEN,):
             raise AssertionError(f"{node.format_node()}: depends on the batch index")
-        if (BATCH,) in known.axes[:axis]:
-            rows = self._position_ids()
-        else:
-            rows = self._positions()
+        by_row = (BATCH,) in known.axes[:axis]
+        rows = self._position_ids() if by_row else self._positions()
         value = self.call(aten.to.dtype, rows, fake.dtype)
         value = self.call(aten.add.Tensor, self.call(aten.mul.Tensor, value, slope), exact.offset)
         shape: list[Any] = [1] * len(sizes)
         shape[axis] = sizes[axis]
-        if (BATCH,) in known.axes[:axis]:
+        if by_row:
             batch = known.axes.index((BATCH,))
             shape[batch] = sizes[batch]
         value = self.call(aten.reshape.default, value, shape)
@@ -245,8 +246,6 @@ class _Builder:
             elif isinstance(size, int) and isinstance(factor, int):
                 size *= factor
             else:
-                import operator
-
                 size = self.call(operator.mul, size, factor)
         return size
 
@@ -275,9 +274,9 @@ def _live(graph: fx.Graph, classified: Classified) -> set[fx.Node]:
         if isinstance(rewrite, Rematerialise):
             continue
         if node.target is torch.ops.memcompile.attention.default:
-            pending.extend(node.args[:3])  # type: ignore[arg-type]
+            pending.extend(node.args[:3])
         elif isinstance(rewrite, Gather):
-            pending.append(node.args[0])  # type: ignore[arg-type]
+            pending.append(node.args[0])
         else:
             pending.extend(node.all_input_nodes)
     return live
@@ -294,6 +293,3 @@ def _weights(module: fx.GraphModule, graph: fx.Graph) -> nn.Module:
             else:
                 root.register_buffer(node.target, weight)
     return root
-
-
-__all__ = ["StepGraph", "Value", "decline_step", "remember"]

@@ -1,4 +1,4 @@
-"""What is known of a value: where its batch and token axes are, what it depends on, its exact form."""
+"""What is known of a value: its batch and token axes, what it depends on, its exact form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .exact import Exact
 from .graph_tools import describe, source_line
 from .result import Declined
 
-# An axis is an ordered product of atoms, as in a row-major view: the batch, the token axis, numbers.
+# An axis is an ordered product of atoms, as in a row-major view: batch, tokens, numbers.
 BATCH, TOKEN = "batch", "token"
 Atom = str | int
 Axis = tuple[Atom, ...]
@@ -90,7 +90,7 @@ class Extents:
     def axis(self, size: sympy.Expr) -> Axis:
         """The axis a factory makes for a size; a product of batch and tokens is batch-major."""
         coefficient, b, t = self.monomial(size)
-        atoms: list[Atom] = [BATCH] * b + [TOKEN] * t
+        atoms: list[Atom] = [*([BATCH] * b), *([TOKEN] * t)]
         if coefficient != 1:
             atoms.append(coefficient)
         return tuple(atoms)
@@ -112,7 +112,9 @@ def merge_numbers(atoms: Sequence[Atom]) -> Axis:
     return tuple(out)
 
 
-def reshape(axes: tuple[Axis, ...], sizes: Sequence[sympy.Expr], extents: Extents) -> tuple[Axis, ...]:
+def reshape(
+    axes: tuple[Axis, ...], sizes: Sequence[sympy.Expr], extents: Extents
+) -> tuple[Axis, ...]:
     """The axes of a row-major view with the given sizes; raises where it would mix tokens."""
     pending: list[Atom] = [atom for axis in axes for atom in axis]
     out: list[Axis] = []

@@ -7,7 +7,12 @@ from torch import fx
 from .graph_tools import aten, calls, describe, extents, remove_dead, source_line
 from .result import Declined, PassResult
 
-_VIEW = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_VIEW = (
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+)
 _COPY = (aten.contiguous.default, aten.clone.default)
 
 

@@ -86,6 +86,8 @@ def unlift(program: ExportedProgram) -> PassResult:
 
 def _mutates(node: fx.Node) -> bool:
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and bool(
-        node.op == "call_function"
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target._schema.is_mutable
+        and bool(node.op == "call_function")
     )

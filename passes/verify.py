@@ -20,7 +20,9 @@ def verify(module: fx.GraphModule, after: str) -> None:
     module.graph.lint()
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     if not 1 <= len(placeholders) <= 2:
-        raise AssertionError(f"after {after}: {len(placeholders)} inputs, expected tokens, positions")
+        raise AssertionError(
+            f"after {after}: {len(placeholders)} inputs, expected tokens, positions"
+        )
     for node in module.graph.nodes:
         if node.op not in ("call_function", "get_attr", "placeholder"):
             if node.op == "output":

@@ -85,7 +85,10 @@ class Engine:
     # --- running ---
 
     def prefill(
-        self, tokens: Tensor, lengths: Sequence[int] | Tensor | None = None, all_logits: bool = False
+        self,
+        tokens: Tensor,
+        lengths: Sequence[int] | Tensor | None = None,
+        all_logits: bool = False,
     ) -> Tensor:
         """Append ``tokens[B, n]`` (int64, n >= 1), every query reading the whole memory.
 
@@ -178,7 +181,7 @@ class Engine:
             ValueError: a row holds fewer tokens, or a sliding window has dropped what would be
                 needed again.
         """
-        if n < 0 or any(n > held for held in self.position) or self._state is None and n > 0:
+        if n < 0 or n > min(self.position, default=0):
             raise ValueError(f"cannot take back {n} tokens: rows hold {self.position}")
         if self._state is not None:
             self._state.rewind([held - n for held in self.position])
@@ -188,7 +191,7 @@ class Engine:
         return self._state.memory_bytes() if self._state is not None else 0
 
     def stats(self) -> Stats:
-        """Tokens, pages and bytes read so far; the policy's pages are counted by the graph itself."""
+        """Tokens, pages and bytes read so far; the graph itself counts the policy's pages."""
         for read, start, lengths, counts in self._log:
             self._account(read, start, lengths, counts)
         self._log = []
@@ -199,15 +202,15 @@ class Engine:
     def _admit(self, tokens: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
         """Check a call before anything changes; valid tokens a row."""
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype != torch.int64:
-            got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else tokens
+            got = (tokens.dtype, tuple(tokens.shape)) if isinstance(tokens, Tensor) else tokens
             raise ValueError(f"expected tokens[B, n] as an int64 tensor, got {got!r:.80}")
         batch, n = tokens.shape
         if n < 1 or batch < 1:
             raise ValueError(f"tokens[{batch}, {n}] holds no token; give at least one a row")
         if self._state is not None and batch != self._state.batch:
             raise ValueError(
-                f"this engine remembers {self._state.batch} rows, got {batch}; call reset() first, or "
-                "compile a second engine"
+                f"this engine remembers {self._state.batch} rows, got {batch}; call reset() first, "
+                "or make a second engine"
             )
         if isinstance(lengths, Tensor):
             lengths = lengths.tolist()
@@ -216,8 +219,8 @@ class Engine:
             raise ValueError(f"lengths {counts} for tokens[{batch}, {n}]: give one of 0..{n} a row")
         if not self._program.ragged and len(set(counts)) > 1:
             raise ValueError(
-                f"lengths {counts} differ, but this model counts positions by itself, so the rows of "
-                "a batch share one position: give rows of one length, or a model that takes "
+                f"lengths {counts} differ, but this model counts positions by itself, so the rows "
+                "of a batch share one position: give rows of one length, or a model that takes "
                 "position_ids"
             )
         held = self.position or [0] * batch

@@ -20,6 +20,8 @@ def append_index(
     index: list[Tensor],
     fields: list[str],
 ) -> None:
+    # State carries no gradient: it would chain every step of an engine to the first.
+    key, value = key.detach(), value.detach()
     n, size = key.shape[2], key_pages.shape[1]
     token = token_of_row(position, lengths, n)[:, None].expand(-1, key.shape[1], -1)
     written = token >= 0

@@ -360,3 +360,28 @@ def test_identifiers(name: Any) -> None:
     with pytest.raises(Refused):
         identifier(name)
     assert identifier("as_1") == "as_1"
+
+
+def spec_of(of: str, kind: str, keys: list[str]) -> Callable[[Entries], None]:
+    def change(data: Any) -> None:
+        signature = data["graph_module"]["module_call_graph"][0]["signature"]
+        leaf = {"type": None, "context": None, "children_spec": []}
+        spec = {"type": kind, "context": json.dumps(keys), "children_spec": [leaf] * len(keys)}
+        signature[of] = json.dumps([1, spec])
+
+    return lambda entries: edit(entries, PROGRAM, change)
+
+
+def test_an_output_of_transformers_is_read_without_it(clean: Entries, tmp_path: Path) -> None:
+    kind = "transformers.modeling_outputs.CausalLMOutputWithPast"
+    path = damaged(spec_of("out_spec", kind, ["logits"]))(clean, tmp_path / "model.pt2")
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    assert read_program(path).module()(ids, ids)["logits"].shape == (2, 5, 11)
+
+
+@pytest.mark.parametrize("of", ["in_spec", "out_spec"])
+def test_a_cache_in_the_signature_is_named(of: str, clean: Entries, tmp_path: Path) -> None:
+    kind = "transformers.cache_utils.DynamicCache"
+    path = damaged(spec_of(of, kind, ["a", "b"]))(clean, tmp_path / "model.pt2")
+    with pytest.raises(ValueError, match="takes or returns a cache .*use_cache=False"):
+        load(path)

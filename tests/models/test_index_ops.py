@@ -146,6 +146,14 @@ def test_a_write_replaces_what_was_forgotten_in_the_open_page() -> None:
         assert torch.equal(one[used].nan_to_num(7), two[used].nan_to_num(7))
 
 
+def test_state_carries_no_gradient() -> None:
+    laid = Laid(Case())
+    pools = empty_pools(laid)
+    laid.keys, laid.values = ([x.requires_grad_() for x in xs] for xs in (laid.keys, laid.values))
+    append(laid, pools, [9, 18])
+    assert not any(pool.requires_grad for pool in (*pools[:2], *pools[2]))
+
+
 @pytest.mark.parametrize("table", ["too short", "unassigned"])
 def test_tokens_without_a_page_are_refused(table: str) -> None:
     laid = Laid(Case(position=(0,), lengths=(9,)))

@@ -49,7 +49,7 @@ def drive(
     window: int = 0,
 ) -> Tensor:
     """Feeds each row its tokens in `calls` (one length a row); returns all outputs in order."""
-    query, key, value = tokens
+    query, _, value = tokens
     batch, dtype = query.shape[0], query.dtype
     state = MemoryState([SiteLayout("a", 2, 6, 5, dtype, memory, window)], batch, "cpu")
     out = query.new_full((*query.shape[:3], value.shape[3]), torch.nan)

@@ -169,7 +169,7 @@ def test_sliding_windows_keep_memory_bounded_without_end() -> None:
         driven.check_pages()
         pages.add(next(iter(state._tables.values())).pages)
     assert max(pages) <= 2 * 2 * 2 * (13 // 8 + 4)
-    assert next(iter(state._tables.values())).first.tolist() == [47, 28]
+    assert next(iter(state._tables.values())).first.tolist() == [47, 27]
 
 
 def test_a_fixed_context_allocates_once_and_then_refuses() -> None:
@@ -236,11 +236,10 @@ def test_running_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_sites_alike_share_one_table() -> None:
+    wide = Dense(16).memory(0, 0)
     state = MemoryState(
-        [layout("a"), layout("b", SCOUT), layout("c", DENSE, 13), layout("d", Dense(16).memory(0, 0))],
-        1,
-        "cpu",
-    )  # fmt: skip
+        [layout("a"), layout("b", SCOUT), layout("c", DENSE, 13), layout("d", wide)], 1, "cpu"
+    )
     state.reserve([30])
     flat = state.tensors()
     b, c, d = 3, 6 + len(SCOUT.fields), 9 + len(SCOUT.fields)
@@ -271,7 +270,7 @@ def test_memory_bytes_are_the_bytes_of_what_is_held() -> None:
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: MemoryState([], 1, "cpu"), r"site names must be unique and at least one, got \[\]"),
+        (lambda: MemoryState([], 1, "cpu"), r"names must be unique and at least one, got \[\]"),
         (lambda: MemoryState([layout("a")] * 2, 1, "cpu"), r"unique .* got \['a', 'a'\]"),
         (lambda: MemoryState(SITES, 0, "cpu"), r"batch must be at least 1, got 0"),
         (lambda: states(max_context=0), r"max_context must be at least 1 or None, got 0"),

@@ -223,7 +223,7 @@ class TwoMasks(SpelledDecoder):
 
     def mask(self, scores: Tensor, at: At) -> Tensor:
         scores = super().mask(scores, at)
-        far = torch.ones_like(scores[0, 0], dtype=torch.bool).tril(-7)
+        far = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(-7)
         return scores.masked_fill(far, float("-inf"))
 
 

@@ -578,3 +578,12 @@ class ByteIndices(SpelledDecoder):
     def mask(self, scores: Tensor, at: At) -> Tensor:
         index = torch.arange(scores.shape[-1]).to(torch.uint8)
         return scores.masked_fill(index[:, None] < index[None, :], float("-inf"))
+
+
+class BandOfZeros(SpelledDecoder):
+    """Keys three to five back keep no score of their own: zero replaces it, and is not added."""
+
+    def mask(self, scores: Tensor, at: At) -> Tensor:
+        distance = at.positions[:, None] - at.positions[None, :]
+        band = (distance >= 3) & (distance <= 5)
+        return super().mask(scores.masked_fill(band, 0.0), at)
