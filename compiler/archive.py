@@ -18,7 +18,7 @@ import torch
 from torch.export import ExportedProgram
 
 from .vet import vet_payloads, vet_program
-from .vet_texts import Refused
+from .vet_texts import Refused, json_list
 
 _ROOT = "archive"
 _MODEL = "models/model.json"
@@ -218,7 +218,7 @@ def _check_record(
     meta, record = entry["tensor_meta"], folder + entry["path_name"]
     if record not in entries:
         raise ValueError(f"the archive has no entry {record!r}, where {name!r} should be")
-    sizes, strides = ([_whole(x) for x in meta.get(key, [])] for key in ("sizes", "strides"))
+    sizes, strides = ([_whole(x) for x in json_list(meta.get(key))] for key in ("sizes", "strides"))
     offset, item = _whole(meta.get("storage_offset")), _ITEM_SIZE.get(meta.get("dtype"))
     if item is None or meta.get("layout") != _STRIDED or len(sizes) != len(strides):
         raise ValueError(f"{name!r} has a data type or layout that is not known")

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, TensorArgument
 
 from ..passes.result import Declined, NotRewritten
+from .signature import check_program
 
 _SAMPLE_SHAPES = ((3, 13), (2, 5))
 
@@ -50,9 +52,8 @@ def capture(model: nn.Module | ExportedProgram, *, max_context: int | None = Non
         NotRewritten: the forward cannot be captured with a symbolic token axis, and why.
     """
     if isinstance(model, ExportedProgram):
-        names = model.graph_signature.user_inputs
-        takes = len(names) == 2
-        return Captured(model, takes, "ExportedProgram")
+        check_program(model)
+        return Captured(model, _takes_positions(model), "ExportedProgram")
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"expected a torch.nn.Module or an ExportedProgram, got {type(model).__name__}; "
@@ -67,6 +68,28 @@ def capture(model: nn.Module | ExportedProgram, *, max_context: int | None = Non
     with _frozen_rotary(model, max_context), _no_cache(model):
         program = _export(forward, takes, _device(model))
     return Captured(program, takes, type(model).__name__, _held(forward, model, max_context))
+
+
+def _takes_positions(program: ExportedProgram) -> bool:
+    inputs = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    names = [
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
+    ]
+    if len(names) == 2 and not inputs[names[1]].users:
+        raise NotRewritten(
+            "the exported program does not use its position_ids",
+            [
+                Declined(
+                    "nothing reads this input; torch.export merges inputs that were one tensor "
+                    "when it traced: export again with two tensors, or without the second",
+                    names[1],
+                    "capture",
+                )
+            ],
+        )
+    return len(names) == 2
 
 
 class _Forward(nn.Module):

@@ -353,9 +353,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        commands.main(args=arguments, prog_name="memcompile", standalone_mode=False)
-    except click.exceptions.Exit as exit_:
-        return exit_.exit_code
+        code = commands.main(args=arguments, prog_name="memcompile", standalone_mode=False)
+        return code if isinstance(code, int) else OK
     except click.Abort:
         return 130
     except click.ClickException as error:
@@ -371,7 +370,6 @@ def _run(arguments: list[str] | None) -> int:
             return _fail(" ".join(str(error).split()), BAD_INPUT)
         traceback.print_exc()
         return _fail(f"internal error: {type(error).__name__}", INTERNAL)
-    return OK
 
 
 def _fail(message: str, code: int) -> int:

@@ -42,7 +42,8 @@ class Loaded:
         path: the file or folder.
         module: the module in eval mode; None for an exported program.
         program: the exported program; None for the others.
-        tokenizer: the folder that holds the model's tokenizer, or None.
+        tokenizer: the folder that holds the model's tokenizer, or None; a file has none, what lies
+            beside it may belong to another model.
     """
 
     kind: str
@@ -129,7 +130,7 @@ def load(
         )
     module = _construct(arch, arch_config)
     _fill(module, tensors, path, arch)
-    return Loaded("state-dict", path, module=module.eval(), tokenizer=tokenizer_folder(path.parent))
+    return Loaded("state-dict", path, module=module.eval())
 
 
 def _program(path: Path, trust_pickle: bool) -> ExportedProgram:
@@ -251,7 +252,10 @@ def _construct(arch: str, arch_config: str | Path | Mapping[str, Any] | None) ->
         raise ValueError(f"--arch {arch!r}: expected module:Class, as in my_model:Decoder")
     config = _arch_config(arch_config)
     # A console script does not see the working directory; last, so that it shadows nothing.
-    sys.path.append(str(Path.cwd()))
+    here = str(Path.cwd())
+    unseen = here not in sys.path
+    if unseen:
+        sys.path.append(here)
     try:
         found: Any = importlib.import_module(name)
     except ImportError as error:
@@ -260,7 +264,8 @@ def _construct(arch: str, arch_config: str | Path | Mapping[str, Any] | None) ->
             "that holds the module, or put that on PYTHONPATH"
         ) from error
     finally:
-        sys.path.pop()
+        if unseen:
+            sys.path.remove(here)
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):
             classes = [n for n, v in vars(found).items() if isinstance(v, type)]

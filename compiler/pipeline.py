@@ -157,7 +157,7 @@ def build_captured(
         if strict:
             raise NotRewritten(_refusal(name, sites), blocking or declined)
         return Compiled(captured, chosen, sites, memories, declined, report, None)
-    report.ragged = step.ragged and captured.takes_position_ids
+    report.ragged = step.ragged
     limit, limited_by = _limit(captured, classified, max_context)
     if limit is not None and max_context is None:
         report.notes.append(f"contexts up to {limit} tokens: {limited_by}")

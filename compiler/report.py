@@ -14,6 +14,7 @@ from ..passes.result import Declined, MaskRule, Site
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group, RenderResult
     from rich.table import Table
+    from rich.text import Text
 
 VERSION = 1
 CONTEXTS = (8 * 1024, 128 * 1024)
@@ -145,39 +146,32 @@ class Report:
             table.add_row("", "all", "", "", "", *totals)
         return table
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.text import Text
-
-        yield self.table()
-        for line in dict.fromkeys(describe(memory) for memory in self.memories.values()):
-            yield Text(line)
+    def lines(self) -> list[str]:
+        """What stands below the table."""
+        lines = list(dict.fromkeys(describe(memory) for memory in self.memories.values()))
         if not self.memories:
-            yield Text("no attention was rewritten")
+            lines.append("no attention was rewritten")
         elif self.policy != "dense" and not any(m.selects for m in self.memories.values()):
-            yield Text("with these options no attention skips a page: every step reads everything")
+            lines.append("with these options no attention skips a page: a step reads everything")
         if self.declined:
-            yield Text(f"declined: {len(self.declined)}")
-            for declined in self.declined:
-                yield Text(f"  - {declined}")
-        yield Text(
-            "a batch may be ragged"
-            if self.ragged
-            else "the rows of a batch share one position: the model takes no position_ids"
-        )
+            lines.append(f"declined: {len(self.declined)}")
+            lines += [f"  - {declined}" for declined in self.declined]
+        if self.memories and not self.ragged:
+            lines.append("the rows of a batch share one position: the model takes no position_ids")
         if self.max_context is not None:
-            yield Text(f"tables that depend on the length hold for {self.max_context} tokens")
+            lines.append(f"tables that depend on the length hold for {self.max_context} tokens")
         if self.self_check:
             figures = ((k.replace("_", " "), v) for k, v in self.self_check.items())
-            yield Text(
-                "self-check: "
-                + ", ".join(
-                    f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures
-                )
-            )
+            shown = (f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures)
+            lines.append("self-check: " + ", ".join(shown))
         if self.timings:
-            yield Text("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.timings.items()))
-        for note in self.notes:
-            yield Text(f"note: {note}")
+            lines.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.timings.items()))
+        return lines + [f"note: {note}" for note in self.notes]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.sites:
+            yield self.table()
+        yield _unwrapped(self.lines())
 
     def __str__(self) -> str:
         from io import StringIO
@@ -194,7 +188,6 @@ def comparison(reports: dict[str, Report]) -> Group:
     """Several policies' reports of one model side by side, by the policy's name."""
     from rich.console import Group
     from rich.table import Table
-    from rich.text import Text
 
     first = next(iter(reports.values()))
     table = Table(
@@ -219,7 +212,8 @@ def comparison(reports: dict[str, Report]) -> Group:
     if not first.memories:
         lines.append(f"declined: {len(first.declined)}")
         lines += [f"  - {declined}" for declined in first.declined]
-    return Group(table, *(Text(line) for line in lines))
+    text = _unwrapped(lines)
+    return Group(table, text) if first.sites else Group(text)
 
 
 def describe(memory: Memory) -> str:
@@ -247,6 +241,13 @@ def bytes_of(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+
+
+def _unwrapped(lines: list[str]) -> Text:
+    """Lines that a terminal may break, and that a file gets whole."""
+    from rich.text import Text
+
+    return Text("\n".join(lines), no_wrap=True, overflow="ignore")
 
 
 def _site_cells(site: Site) -> list[str]:

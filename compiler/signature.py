@@ -149,7 +149,7 @@ def _check_bounds(program: ExportedProgram, axes: dict[str, Any]) -> None:
     for meaning, size in axes.items():
         bounds = ranges.get(str(size))
         # 2 stands for 1 as well: export never traces a size of 0 or 1 as a symbol.
-        if bounds is not None and int(bounds.lower) > 2:
+        if bounds is not None and bool(bounds.lower > 2):
             raise ValueError(
                 f"the exported program holds for a {meaning} axis of at least {bounds.lower} "
                 f"only, and a step takes one token; {_EXPORT}"

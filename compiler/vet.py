@@ -78,7 +78,7 @@ def vet_payloads(data: Any, config: str) -> dict[str, dict[str, Any]]:
             "path_name": path,
             "is_param": fields.get("is_param") is True,
             "use_pickle": False,
-            "tensor_meta": _walk(fields["tensor_meta"], "tensor_meta"),
+            "tensor_meta": _walk(json_object(fields["tensor_meta"], "tensor_meta"), "tensor_meta"),
         }
     return checked
 

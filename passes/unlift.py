@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from .result import Declined, PassResult
 
@@ -56,6 +56,8 @@ def unlift(program: ExportedProgram) -> PassResult:
                 continue
             new = graph.get_attr(name)
             new.meta = dict(node.meta)
+        elif node.op == "placeholder" and isinstance(specs[node.name].arg, ConstantArgument):
+            continue  # an argument that was a plain number or flag at export
         elif node.op == "placeholder" and specs[node.name].kind is not InputKind.USER_INPUT:
             declined.append(
                 Declined(

@@ -229,7 +229,7 @@ class Engine:
         if limit is not None and longest > limit:
             raise ValueError(
                 f"{longest} tokens exceed the context of {limit} ({self._program.limited_by}); "
-                "reset or rewind the engine, or compile with a larger max_context if the model allows"
+                "reset or rewind the engine, or, if max_context is the limit, compile with more"
             )
         return counts
 

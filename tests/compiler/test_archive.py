@@ -11,11 +11,13 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from archive_payloads import (
+    CONSTANTS,
     PLANTS,
     PROGRAM,
     WEIGHTS,
@@ -383,5 +385,36 @@ def test_an_output_of_transformers_is_read_without_it(clean: Entries, tmp_path: 
 def test_a_cache_in_the_signature_is_named(of: str, clean: Entries, tmp_path: Path) -> None:
     kind = "transformers.cache_utils.DynamicCache"
     path = damaged(spec_of(of, kind, ["a", "b"]))(clean, tmp_path / "model.pt2")
-    with pytest.raises(ValueError, match="takes or returns a cache .*use_cache=False"):
+    with pytest.raises(ValueError, match=r"takes or returns a cache .*use_cache=False"):
         load(path)
+
+
+def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    for key, value in items:
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*path, key))
+
+
+STRAY = (None, 0, -1, 1 << 40, "", True, [], {}, "x", 1.5, [1], {"as_int": 1}, {"name": "x"}, "s0")
+
+
+@pytest.mark.parametrize("seed", range(36))
+def test_any_change_is_read_or_refused_in_one_line(
+    seed: int, clean: Entries, tmp_path: Path
+) -> None:
+    random, entries = Random(seed), dict(clean)
+    name = (PROGRAM, PROGRAM, PROGRAM, PROGRAM, WEIGHTS, CONSTANTS)[seed % 6]
+    data = json.loads(entries[name])
+    *path, last = random.choice(list(places(data)))
+    holder = data
+    for key in path:
+        holder = holder[key]
+    holder[last] = random.choice(STRAY)
+    entries[name] = json.dumps(data).encode()
+    path_on_disk = write_entries(entries, tmp_path / "model.pt2")
+    try:
+        load(path_on_disk)
+    except ValueError as refusal:
+        assert str(refusal).startswith(f"{path_on_disk}: ") and "\n" not in str(refusal)

@@ -197,7 +197,11 @@ def test_nothing_rewritten_is_code_3_and_says_what_was_looked_for(
 ) -> None:
     said = say(without_attention)
     assert said.code == 3
-    assert "attention" in said.err
+    assert "scaled_dot_product_attention" in said.err
+    looked = say("inspect", without_attention)
+    assert looked.code == 3 and "no step can be derived" in looked.out
+    loose = say(without_attention, "--no-strict")
+    assert loose.code == 0 and "nothing written" in loose.out
     assert not list(Path.cwd().iterdir())
 
 
