@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -49,8 +49,8 @@ def memcompile(
             policy,
         )
     patches = list_mode_options(mode) if mode else None
-    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=patches)
-    return compiled
+    compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+    return cast(Callable[..., Any], compiled)
 
 
 def attentions(gm: fx.GraphModule) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import fx, nn
 
@@ -263,23 +264,23 @@ def _is_write(node: fx.Node) -> bool:
 
 def _live(graph: fx.Graph, classified: Classified) -> set[fx.Node]:
     """Nodes the step needs: masks are not walked into, nor what an exact value replaces."""
-    live: set[fx.Node] = set()
-    pending = [n for n in graph.nodes if n.op == "output"]
-    while pending:
-        node = pending.pop()
-        if node in live:
-            continue
-        live.add(node)
-        rewrite = classified.rewrites.get(node)
-        if isinstance(rewrite, Rematerialise):
-            continue
-        if node.target is torch.ops.memcompile.attention.default:
-            pending.extend(node.args[:3])
-        elif isinstance(rewrite, Gather):
-            pending.append(node.args[0])
-        else:
-            pending.extend(node.all_input_nodes)
-    return live
+    flow = nx.DiGraph()
+    for node in graph.nodes:
+        flow.add_node(node)
+        flow.add_edges_from((source, node) for source in _needed(node, classified))
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    return {*nx.ancestors(flow, output), output}
+
+
+def _needed(node: fx.Node, classified: Classified) -> list[fx.Node]:
+    rewrite = classified.rewrites.get(node)
+    if isinstance(rewrite, Rematerialise):
+        return []
+    if isinstance(rewrite, Gather):
+        return node.all_input_nodes[:1]
+    if node.target is torch.ops.memcompile.attention.default:
+        return [n for n in node.args[:3] if isinstance(n, fx.Node)]
+    return node.all_input_nodes
 
 
 def _weights(module: fx.GraphModule, graph: fx.Graph) -> nn.Module:

@@ -39,7 +39,6 @@ class Value:
         exact: the values themselves, for positions and masks.
         tensor: the tensor itself, for small constants that are not parameters.
         cut: (axis, start) of token-long slices taken from a constant table.
-        site: whether the value comes out of an attention, for reports.
     """
 
     axes: tuple[Axis, ...]

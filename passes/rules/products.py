@@ -6,7 +6,7 @@ from torch import fx
 
 from ..classify_tokens import Classified
 from ..graph_tools import argument
-from ..token_axes import BATCH, TOKEN, Atom, Axis, Kind, Refused, Value, broadcast
+from ..token_axes import BATCH, TOKEN, Axis, Kind, Refused, Value, broadcast
 from .reading import Rule, keeps_apart, rank_of, tensor_of, value_of
 
 
@@ -86,7 +86,6 @@ def _conv(node: fx.Node, state: Classified) -> Value:
 def _attention(node: fx.Node, state: Classified) -> Value:
     """The one operation that may look at other tokens; `find_sites` judges its mask."""
     query, key, value = (value_of(n, state) for n in node.args[:3])
-    heads: list[Atom | None] = []
     for name, operand in (("queries", query), ("keys", key), ("values", value)):
         if len(operand.axes) != 4 or operand.axes[2] != (TOKEN,):
             raise Refused(f"{name} are not [batch, heads, tokens, width] with all tokens")
@@ -94,7 +93,6 @@ def _attention(node: fx.Node, state: Classified) -> Value:
             raise Refused(f"the first axis of {name} is not the batch")
         if any(isinstance(a, str) for a in (*operand.axes[1], *operand.axes[3])):
             raise Refused(f"heads or width of {name} hold tokens or rows")
-        heads.append(operand.axes[1][0] if operand.axes[1] else 1)
     return Value((*query.axes[:3], value.axes[3]), Kind.LOCAL)
 
 
