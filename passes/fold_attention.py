@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ..models import ops as _registered  # noqa: F401 (registers memcompile.attention)
+from .exact import HIDDEN_LOGIT
 from .graph_tools import (
     argument,
     aten,
@@ -148,6 +149,10 @@ def _walk_up(node: fx.Node, found: _Logits) -> None:
             raise _Unmatched("the softmax's input is no product of queries and keys", node)
         target = node.target
         if target in _SAME_VALUE or target in _RESHAPE:
+            if not node.meta["val"].is_floating_point():
+                raise _Unmatched("the scores are rounded to whole numbers", node)
+            if target is aten.dropout.default and argument(node, "train"):
+                raise _Unmatched("dropout is on; call model.eval() before compiling", node)
             before, after = extents(node.args[0]), extents(node)  # type: ignore[arg-type]
             if target in _RESHAPE and before[-2:] != after[-2:]:
                 raise _Unmatched("the scores are reshaped across the query or key axis", node)
@@ -155,6 +160,8 @@ def _walk_up(node: fx.Node, found: _Logits) -> None:
         elif target is aten.tanh.default:
             if found.softcap:
                 raise _Unmatched("two soft caps on one attention", node)
+            if not found.scale:
+                raise _Unmatched("the soft cap is zero", node)
             found.softcap, found.scale = found.scale, 1.0
             node = node.args[0]  # type: ignore[assignment]
         elif (factor := _factor(node)) is not None:
@@ -262,6 +269,8 @@ def _walk_down(softmax: fx.Node) -> fx.Node:
             raise _Unmatched("the probabilities are not multiplied with values", node)
         if onward[0].target in _RESHAPE and extents(node)[-2:] != extents(onward[0])[-2:]:
             raise _Unmatched("the probabilities are reshaped across queries or keys", onward[0])
+        if not onward[0].meta["val"].is_floating_point():
+            raise _Unmatched("the probabilities are rounded to whole numbers", onward[0])
         if onward[0].target is aten.dropout.default and argument(onward[0], "train"):
             raise _Unmatched("dropout is on; call model.eval() before compiling", onward[0])
         node = onward[0]
@@ -338,9 +347,13 @@ def _value_operand(graph: fx.Graph, product: fx.Node) -> fx.Node:
 
 
 def _one_mask(graph: fx.Graph, found: _Logits, at: fx.Node) -> fx.Node | None:
-    """All masks of one attention as one additive mask, in the units of the final logits."""
+    """All masks of one attention as one additive mask, in the units of the final logits.
+
+    Masks are taken in the order they are applied; one that replaces logits replaces what was added
+    to them before.
+    """
     total: fx.Node | None = None
-    for kind, operands, outer in found.masks:
+    for kind, operands, outer in reversed(found.masks):
         mask = operands[0]
         if not isinstance(mask, fx.Node):
             raise _Unmatched("the mask is a number", at)
@@ -348,13 +361,21 @@ def _one_mask(graph: fx.Graph, found: _Logits, at: fx.Node) -> fx.Node | None:
             fill = scalar_value(operands[1])
             if fill is None:
                 raise _Unmatched("masked logits are replaced by a tensor, not a number", mask)
-            zero = 0.0
-            pair = (fill, zero) if kind == "fill" else (zero, fill)
-            term = emit(graph, aten.where.Scalar, mask, *pair)
-        elif kind == "sub":
-            term = emit(graph, aten.neg.default, mask)
-        else:
-            term = mask
+            fill *= outer
+            if not fill <= HIDDEN_LOGIT:
+                raise _Unmatched(
+                    f"masked logits are replaced by {fill:g}, which does not hide them", mask
+                )
+            before: Any = 0.0 if total is None else total
+            pair = (fill, before) if kind == "fill" else (before, fill)
+            tensors = aten.where.ScalarSelf if kind == "fill" else aten.where.ScalarOther
+            total = emit(graph, aten.where.Scalar if total is None else tensors, mask, *pair)
+            continue
+        if not mask.meta["val"].is_floating_point():
+            # Added, True is 1 and hides nothing; as a mask it would be visibility.
+            assert found.product is not None
+            mask = emit(graph, aten.to.dtype, mask, found.product.meta["val"].dtype)
+        term = emit(graph, aten.neg.default, mask) if kind == "sub" else mask
         if outer != 1.0:
             term = emit(graph, aten.mul.Tensor, term, outer)
         total = term if total is None else emit(graph, aten.add.Tensor, total, term)

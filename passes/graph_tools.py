@@ -111,6 +111,15 @@ def remove_dead(graph: fx.Graph) -> int:
 
 def scalar_value(node: Any) -> float | None:
     """The Python number behind a literal or a one-element constant tensor, else None."""
+    number = _scalar_source(node)
+    fake = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if number is None or not isinstance(fake, torch.Tensor):
+        return number
+    # A cast on the way rounds, or cuts off the fraction.
+    return float(torch.tensor(number, dtype=torch.float64).to(fake.dtype).item())
+
+
+def _scalar_source(node: Any) -> float | None:
     if isinstance(node, bool):
         return None
     if isinstance(node, int | float):

@@ -15,7 +15,7 @@ from ..models.memory.read import SiteTensors, emit_read, emit_write
 from ..models.memory.spec import Memory
 from .classify_tokens import Classified, Gather, Rematerialise
 from .exact import Affine
-from .graph_tools import aten
+from .graph_tools import argument, aten, extents
 from .result import Declined, Site
 from .token_axes import BATCH, TOKEN, Mixed
 
@@ -139,6 +139,12 @@ class _Builder:
             new = self._attention(node, self.sites[node.name])
         else:
             new = self.graph.node_copy(node, lambda n: self.copied[n])
+            if new.target in (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
+                # A step may run one token or one row, whose axes must stay.
+                sizes = extents(node.args[0])  # type: ignore[arg-type]
+                wanted = _squeezed(node, len(sizes))
+                single = [axis for axis in wanted if sizes[axis] == 1]
+                new.target, new.args, new.kwargs = aten.squeeze.dims, (new.args[0], single), {}
             if new.target is aten.view.default:
                 # A site's output has strides of its own, which a view may not be able to follow.
                 new.target = aten.reshape.default
@@ -254,6 +260,14 @@ class _Builder:
         logits = self.copied[node.args[0]]  # type: ignore[index]
         counts = [self.call(aten.stack.default, self.counts)] if self.counts else []
         self.graph.output((logits, *counts))
+
+
+def _squeezed(node: fx.Node, rank: int) -> list[int]:
+    """The axes that a squeeze drops if they are of size one."""
+    dims = argument(node, "dim")
+    if dims is None:
+        return list(range(rank))
+    return [d % rank for d in ([dims] if isinstance(dims, int) else dims)] if rank else []
 
 
 def _is_write(node: fx.Node) -> bool:

@@ -306,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="memcompile.models.networks.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--minutes", type=float, default=28.0, help="minutes of fully used cores")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and documents")
     options = parser.parse_args(arguments)
     log = train(options.out, minutes=options.minutes, steps=options.steps, seed=options.seed)

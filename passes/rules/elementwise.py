@@ -12,11 +12,14 @@ from torch import fx
 from .. import exact as ex
 from ..classify_tokens import Classified
 from ..exact import Affine, Exact, Steps
-from ..graph_tools import target_name
+from ..graph_tools import argument, target_name
 from ..token_axes import Kind, Refused, Value, broadcast
 from .reading import Rule, evaluated, is_number_node, lifted, number, value_of
 
-_FULL_PRECISION = (torch.float32, torch.float64)
+# Types in which positions are held exactly; narrower ones wrap around or round within a context.
+_HOLDS_POSITIONS = (torch.int32, torch.int64, torch.float32, torch.float64)
+# Affine values of floating type are followed only if made of numbers whose sums do not round.
+_FRACTION, _LARGEST = 1 << 10, 1 << 20
 
 
 def pointwise(node: fx.Node, state: Classified) -> Value:
@@ -41,6 +44,8 @@ def pointwise(node: fx.Node, state: Classified) -> Value:
 
 def _pointwise_exact(node: fx.Node, state: Classified, rank: int) -> Exact | None:
     nodes = [n for n in node.all_input_nodes if not is_number_node(n)]
+    if not isinstance(node.meta["val"], torch.Tensor):
+        return None  # several results, as of frexp
     found = [(n, lifted(value_of(n, state), rank)) for n in nodes]
     if not found or any(e is None for _, e in found):
         return None
@@ -57,8 +62,9 @@ def _steps_pointwise(node: fx.Node, known: dict[fx.Node, Exact]) -> Steps | None
     if aligned is None:
         return None
     breaks, pieces, row, col = aligned
+    # A tensor without axes stays one: it takes part in type promotion differently.
     samples = {
-        n: torch.tensor(values, dtype=n.meta["val"].dtype)
+        n: torch.tensor(values if n.meta["val"].dim() else values[0], dtype=n.meta["val"].dtype)
         for n, values in zip(order, pieces, strict=True)
     }
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: samples[n])
@@ -69,7 +75,9 @@ def _steps_pointwise(node: fx.Node, known: dict[fx.Node, Exact]) -> Steps | None
         return None
     if not isinstance(out, torch.Tensor) or out.numel() != len(breaks) + 1:
         return None
-    return ex.compact(Steps(breaks, tuple(out.tolist()), row, col))
+    if out.dtype != node.meta["val"].dtype:
+        return None
+    return ex.compact(Steps(breaks, tuple(out.flatten().tolist()), row, col))
 
 
 _RELATIONS = {
@@ -87,9 +95,28 @@ def _affine_pointwise(node: fx.Node, known: dict[fx.Node, Exact]) -> Exact | Non
     assert isinstance(node.target, torch._ops.OpOverload)
     name = node.target._schema.name.split("::")[1]
     dtype = node.meta["val"].dtype
-    if dtype.is_floating_point and dtype not in _FULL_PRECISION:
+    if any(
+        isinstance(e, Affine) and n.meta["val"].dtype not in _HOLDS_POSITIONS
+        for n, e in known.items()
+    ):
         return None
+    if dtype not in _HOLDS_POSITIONS and dtype is not torch.bool:
+        return None
+    result = _affine_result(node, name, dtype, known)
+    return result if not isinstance(result, Affine) or _held(result) else None
 
+
+def _held(exact: Affine) -> bool:
+    """Whether arithmetic on the value stays exact at any position a context reaches."""
+    return all(
+        abs(number) <= _LARGEST and float(number * _FRACTION).is_integer()
+        for number in _numbers(exact)
+    )
+
+
+def _affine_result(
+    node: fx.Node, name: str, dtype: torch.dtype, known: dict[fx.Node, Exact]
+) -> Exact | None:
     def operand(value: Any) -> Exact | None:
         if isinstance(value, fx.Node):
             return known.get(value)
@@ -108,11 +135,13 @@ def _affine_pointwise(node: fx.Node, known: dict[fx.Node, Exact]) -> Exact | Non
     left, right = operand(node.args[0]), operand(node.args[1])
     if left is None or right is None:
         return None
-    alpha = node.kwargs.get("alpha", 1)
-    if name in ("add", "sub") and isinstance(alpha, int | float):
+    alpha = argument(node, "alpha", 1)
+    if name in ("add", "sub", "rsub") and not isinstance(alpha, int | float):
+        return None
+    if name in ("add", "sub"):
         return ex.add(left, right, alpha if name == "add" else -alpha)
     if name == "rsub":
-        return ex.add(right, left, -1)
+        return ex.add(right, left, -alpha)
     if name == "mul":
         for affine, factor in ((left, right), (right, left)):
             if isinstance(affine, Affine) and isinstance(factor, Steps) and factor.is_uniform:
@@ -129,27 +158,44 @@ def _numbers(exact: Exact) -> list[Any]:
     return list(exact.values)
 
 
-RULES: dict[str, Rule] = dict.fromkeys(
-    (
-        "aten.to",
-        "aten._to_copy",
-        "aten.clone",
-        "aten.contiguous",
-        "aten.alias",
-        "aten.detach",
-        "aten.lift_fresh_copy",
-        "aten.type_as",
-        "aten.where",
-        "aten.masked_fill",
-        "aten.logical_not",
-        "aten.__and__",
-        "aten.__or__",
-        "aten.__xor__",
-        "aten.softplus",
-        "aten.hardtanh",
-        "aten.isin",
-        "aten.floor_divide",
-        "aten.remainder",
+def _isin(node: fx.Node, state: Classified) -> Value:
+    """Membership looks at every element of the second operand: that must be a constant."""
+    elements, candidates = node.args[0], node.args[1]
+    if isinstance(candidates, fx.Node):
+        known = value_of(candidates, state)
+        if known.kind is not Kind.CONSTANT or any(
+            isinstance(a, str) for axis in known.axes for a in axis
+        ):
+            raise Refused("asks whether a value is among those of the tokens")
+    if not isinstance(elements, fx.Node):
+        raise Refused("asks whether a number is among the elements of a tensor")
+    value = value_of(elements, state)
+    return Value(value.axes, value.kind)
+
+
+RULES: dict[str, Rule] = {
+    "aten.isin": _isin,
+    **dict.fromkeys(
+        (
+            "aten.to",
+            "aten._to_copy",
+            "aten.clone",
+            "aten.contiguous",
+            "aten.alias",
+            "aten.detach",
+            "aten.lift_fresh_copy",
+            "aten.type_as",
+            "aten.where",
+            "aten.masked_fill",
+            "aten.logical_not",
+            "aten.__and__",
+            "aten.__or__",
+            "aten.__xor__",
+            "aten.softplus",
+            "aten.hardtanh",
+            "aten.floor_divide",
+            "aten.remainder",
+        ),
+        pointwise,
     ),
-    pointwise,
-)
+}

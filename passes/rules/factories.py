@@ -39,6 +39,8 @@ def _arange(node: fx.Node, state: Classified) -> Value:
         raise Refused("a range whose length is not the number of tokens")
     if step <= 0:
         raise Refused("positions counted from the end of the sequence")
+    if not node.meta["val"].is_floating_point() and not float(start + step).is_integer():
+        raise Refused("a range of whole numbers with fractional steps")
     exact = Affine.of(start, {0: step})
     if axes == ((BATCH,),):
         return Value(axes, Kind.CONSTANT, exact)

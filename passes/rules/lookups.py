@@ -72,10 +72,17 @@ def _index_exact(value: Value, used: list[int], picked: list[Value], rank: int) 
     total: Exact | None = Steps.uniform(value.exact.offset)
     for axis, coefficient in value.exact.coefficients:
         index = lifted(picked[used.index(axis)], rank)
-        if index is None or total is None:
-            return None
+        if index is None or total is None or not _counts_up(index):
+            return None  # a negative index would count from the end
         total = ex.add(total, index, coefficient)
     return total
+
+
+def _counts_up(index: Exact) -> bool:
+    """Whether every element is shown to be at least 0."""
+    if isinstance(index, Affine):
+        return index.offset >= 0 and all(c > 0 for _, c in index.coefficients)
+    return all(value >= 0 for value in index.values)
 
 
 def _index_select(node: fx.Node, state: Classified) -> Value:

@@ -88,7 +88,7 @@ def _slice_constant(
     state.rewrites[node] = Gather(axis, start)
     state.bounds.append(Bound(limit - start, node.name))
     tensor = value.tensor
-    if tensor is not None and value.kind is Kind.CONSTANT:
+    if tensor is not None:
         tensor = tensor.narrow(axis, start, limit - start)
     exact = _toeplitz(tensor, [a for a, _ in cut]) if len(cut) == 2 else None
     if exact is None and value.exact is not None and value.exact.moved(lambda i: i) is not None:

@@ -42,7 +42,10 @@ def _linear(node: fx.Node, state: Classified) -> Value:
     if weight.kind is not Kind.CONSTANT or weight.token_axes:
         raise Refused("a linear layer whose weights depend on tokens")
     keeps_apart(value, [rank_of(value) - 1], "sums over")
-    return Value((*value.axes[:-1], *weight.axes[:-1]), max(value.kind, weight.kind))
+    bias = argument(node, "bias")
+    added = value_of(bias, state) if bias is not None else Value(())
+    axes = broadcast([(*value.axes[:-1], *weight.axes[:-1]), added.axes])
+    return Value(axes, max(value.kind, weight.kind, added.kind))
 
 
 def _outer(node: fx.Node, state: Classified) -> Value:

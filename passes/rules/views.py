@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..classify_tokens import Classified
-from ..graph_tools import argument, extents
+from ..graph_tools import argument, aten, extents
 from ..token_axes import BATCH, TOKEN, Axis, Kind, Refused, Value, reshape
 from .reading import Rule, moved_axes, rank_of, tensor_of, value_of, with_tensor
 
@@ -16,6 +16,8 @@ from .reading import Rule, moved_axes, rank_of, tensor_of, value_of, with_tensor
 def _view(node: fx.Node, state: Classified) -> Value:
     value = value_of(node.all_input_nodes[0], state)
     axes = reshape(value.axes, extents(node), state.extents)
+    if node.target is aten.view.dtype:
+        return Value(axes, value.kind)  # the same bits mean other numbers
     table = _kept_axes(value.axes, axes)
     moved = with_tensor(moved_axes(value, axes, table.get), node, state)
     return _carry_table(value, moved, table.get)

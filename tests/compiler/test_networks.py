@@ -65,6 +65,10 @@ NETWORKS = [f"{name}-{kind}" for name in CONFIGS for kind in ("sdpa", "eager")] 
     "nanogpt",
     "llama.c",
 ]
+LAYERS = {
+    name: {key: 1 for key in options if key in ("num_hidden_layers", "n_layer")}
+    for name, (_, options) in CONFIGS.items()
+}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -101,15 +105,17 @@ def network(name: str, **changes: Any) -> nn.Module:
 @cache
 def dense(name: str, dtype: str = "float32") -> tuple[Compiled, nn.Module]:
     """The dense compilation of a network, checked, and the network; made once."""
-    model = network(name).to(DTYPES[dtype])
+    # One layer in 16 bit: what is tried there is the arithmetic, not the graph.
+    changes = LAYERS[name.split("-")[0]] if dtype != "float32" and "-" in name else {}
+    model = network(name, **changes).to(DTYPES[dtype])
     return build(model, "dense", page_size=8), model
 
 
 @cache
 def scout(name: str) -> tuple[Compiled, nn.Module]:
-    """A scout that must choose: a third of the pages at the lengths used here."""
+    """A scout that must choose: six pages at most, of up to fifteen at the lengths used here."""
     model = network(name)
-    options = {"page_size": 4, "sinks": 4, "window": 8, "budget": 28, "dense_layers": 1}
+    options = {"page_size": 8, "sinks": 8, "window": 16, "budget": 48, "dense_layers": 0}
     return build(model, "scout", **options), model
 
 
@@ -143,7 +149,7 @@ def test_dense_is_eager_token_by_token(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, "float16" if "eager" in name else "bfloat16") for name in NETWORKS]
-    + [(name, "float16") for name in ("llama-sdpa", "gpt2-sdpa", "nanogpt", "llama.c")],
+    + [("nanogpt", "float16"), ("llama.c", "float16")],
 )
 def test_dense_is_eager_in_sixteen_bits(name: str, dtype: str) -> None:
     compiled, model = dense(name, dtype)
@@ -218,12 +224,10 @@ def test_generate_continues_greedily() -> None:
     assert torch.equal(chosen[sure], top[..., 0][sure])
 
 
-@pytest.mark.parametrize(
-    "name", ["llama-sdpa", "qwen3-eager", "neox-sdpa", "mistral-sdpa", "opt-eager"]
-)
+@pytest.mark.parametrize("name", ["llama-sdpa", "mistral-eager", "opt-eager"])
 def test_scout_with_everything_is_dense(name: str) -> None:
     model = network(name)
-    options = {"page_size": 4, "sinks": 4, "window": 8, "dense_layers": 0}
+    options = {"page_size": 8, "sinks": 8, "window": 16, "dense_layers": 0}
     engine = build(model, "scout", budget=None, compensate=False, check=False, **options).engine()
     tokens = random_tokens(VOCABULARY, 2, 61, seed=5)
     assert_logits(model, stepped(engine, tokens, odd_calls(61, 5)), tokens)
@@ -231,9 +235,9 @@ def test_scout_with_everything_is_dense(name: str) -> None:
 
 def test_scout_leaves_pages_unread_and_says_so() -> None:
     compiled, model = scout("llama-sdpa")
-    tokens = random_tokens(VOCABULARY, 2, 97, seed=5)
+    tokens = random_tokens(VOCABULARY, 2, 117, seed=5)
     engine = compiled.engine()
-    logits = stepped(engine, tokens, [97])
+    logits = stepped(engine, tokens, [117])
     stats = engine.stats()
     assert 0 < stats.pages_read < stats.pages_dense
     assert not torch.allclose(logits, forward(model, tokens)), "the budget is a real one"
@@ -244,8 +248,8 @@ SCOUTS = ("llama-sdpa", "neox-eager", "mistral-sdpa")
 
 @cache
 def token_by_token(name: str, prefilled: int) -> tuple[Tensor, Tensor]:
-    """A scout's tokens [2, 71] and logits behind `prefilled` tokens, one call a token."""
-    tokens = random_tokens(VOCABULARY, 2, 71, seed=8)
+    """A scout's tokens [2, 95] and logits behind `prefilled` tokens, one call a token."""
+    tokens = random_tokens(VOCABULARY, 2, 95, seed=8)
     engine = scout(name)[0].engine()
     if prefilled:
         engine.prefill(tokens[:, :prefilled])
@@ -273,37 +277,36 @@ def test_scout_chunked_is_scout_token_by_token(name: str, prefilled: int, sizes:
     model.float()
     noise = eager.double() - truth
     assert_close_to_float64(
-        chunked, (single.double() + noise[:, prefilled:]).float(), single.double(), reduction=71
+        chunked, (single.double() + noise[:, prefilled:]).float(), single.double(), reduction=95
     )
 
 
 @pytest.mark.parametrize("name", SCOUTS[:2])
 def test_scout_rows_do_not_see_each_other(name: str) -> None:
     compiled, model = scout(name)
-    tokens = random_tokens(VOCABULARY, 3, 71, seed=8)
+    tokens = random_tokens(VOCABULARY, 3, 95, seed=8)
     together, alone = compiled.engine(), compiled.engine()
-    both = stepped(together, tokens, odd_calls(71, 1))
-    only = stepped(alone, tokens[1:2], odd_calls(71, 2))
+    both = stepped(together, tokens, odd_calls(95, 1))
+    only = stepped(alone, tokens[1:2], odd_calls(95, 2))
     noise = forward(model.double(), tokens) - forward(model.float(), tokens)
     assert_close_to_float64(
-        both[1:2], (only.double() + noise[1:2]).float(), only.double(), reduction=71
+        both[1:2], (only.double() + noise[1:2]).float(), only.double(), reduction=95
     )
 
 
-@pytest.mark.parametrize("policy", ["dense", "scout"])
-def test_a_sliding_window_keeps_its_memory_bounded(policy: str) -> None:
-    engine = memcompile.compile(network("mistral-sdpa"), policy=policy, page_size=4, check=False)
-    tokens = random_tokens(VOCABULARY, 2, 400, seed=1)
+@pytest.mark.parametrize("made", [dense, scout])
+def test_a_sliding_window_keeps_its_memory_bounded(
+    made: Callable[[str], tuple[Compiled, nn.Module]],
+) -> None:
+    compiled, _ = made("mistral-sdpa")
+    engine = compiled.engine()
     held = []
-    for piece in tokens.split(40, dim=1):
+    for piece in random_tokens(VOCABULARY, 2, 400, seed=1).split(40, dim=1):
         stepped(engine, piece, odd_calls(40))
         held.append(engine.memory_bytes())
     # The page table names every page of the sequence; the pages themselves are recycled.
-    unbounded = memcompile.compile(
-        network("mistral-sdpa", sliding_window=None), policy="dense", page_size=4, check=False
-    )
-    unbounded.prefill(tokens)
-    assert held[-1] - held[1] < (unbounded.memory_bytes() - held[1]) / 4
+    one_token = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in compiled.sites) * 2 * 4
+    assert held[-1] - held[1] < 320 * one_token / 4
     assert engine.position == [400, 400]
 
 
@@ -337,8 +340,8 @@ def test_dynamic_ntk_is_declined_without_a_context() -> None:
     assert any("dynamic" in declined.reason for declined in refused.value.declined)
 
 
-@pytest.mark.parametrize("context", [16, 48])
-def test_dynamic_ntk_is_right_at_its_context(context: int) -> None:
+def test_dynamic_ntk_is_right_at_its_context() -> None:
+    context = 48
     model = dynamic_llama()
     engine = memcompile.compile(model, policy="dense", page_size=8, max_context=context)
     tokens = random_tokens(VOCABULARY, 2, context, seed=7)
@@ -378,13 +381,13 @@ def test_what_is_not_tokens_is_refused(change: Callable[[Tensor], Any]) -> None:
     engine = dense("llama-sdpa")[0].engine()
     tokens = random_tokens(VOCABULARY, 2, 5)
     engine(tokens)
-    with pytest.raises(ValueError, match="int64|token|rows"):
+    with pytest.raises(ValueError, match=r"int64|token|rows"):
         engine(change(tokens))
     assert engine.position == [5, 5]
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model = network("llama-sdpa")
+    model = network("llama-sdpa", num_hidden_layers=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tokens = random_tokens(VOCABULARY, 1, 9)
     logits = forward(model, tokens)
