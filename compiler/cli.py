@@ -188,9 +188,7 @@ def inspect(
     if as_json:
         _print_json({name: report.to_json() for name, report in reports.items()})
     else:
-        from rich.console import Console
-
-        Console().print(comparison(reports))
+        _print(comparison(reports))
     if refused:
         raise click.exceptions.Exit(NOT_REWRITTEN)
 
@@ -424,9 +422,14 @@ def _show(report: Report, as_json: bool) -> None:
     if as_json:
         _print_json(report.to_json())
         return
+    _print(report)
+
+
+def _print(shown: Any) -> None:
+    """A table to stdout: as wide as the terminal, or as a page where there is none."""
     from rich.console import Console
 
-    Console().print(report)
+    Console(width=None if sys.stdout.isatty() else 120).print(shown, soft_wrap=True)
 
 
 def _print_json(data: Any) -> None:

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from ..models.memory import Preset, preset
 from ..models.memory.spec import Memory
 from ..passes.classify_tokens import Classified, classify_tokens
+from ..passes.find_branches import find_branches
 from ..passes.find_sites import find_sites
 from ..passes.fold_attention import fold_attention
 from ..passes.remember import StepGraph, decline_step, remember
@@ -137,9 +138,9 @@ def build_captured(
     with _stage(timings, "find"):
         classified = classify_tokens(module)
         sites, unread = find_sites(module, classified)
-        declined += unread
-        blocking = unread + _stops(captured, module, classified)
-        declined += [d for d in blocking if d not in declined]
+        # Sites that one value stops carry the same decline.
+        blocking = list(dict.fromkeys([*unread, *_stops(captured, module, classified)]))
+        declined = list(dict.fromkeys([*declined, *blocking]))
     debug(2, lambda: module.print_readable(print_output=False))
     report.sites, report.declined = sites, declined
     step: StepGraph | None = None
@@ -155,7 +156,7 @@ def build_captured(
     report.memories = memories
     if step is None:
         if strict:
-            raise NotRewritten(_refusal(name, sites), blocking or declined)
+            raise NotRewritten(_refusal(name, sites), list(dict.fromkeys([*blocking, *declined])))
         return Compiled(captured, chosen, sites, memories, declined, report, None)
     report.ragged = step.ragged
     limit, limited_by = _limit(captured, classified, max_context)
@@ -175,14 +176,13 @@ def build_captured(
         limit,
         limited_by,
         max_context,
+        _vocabulary(module, classified),
         _device(module),
     )
     if check:
         with _stage(timings, "self-check"):
             forward = captured.forward or _graph_forward(module)
-            report.self_check = self_check(
-                program, forward, captured.takes_position_ids, _vocabulary(module, classified)
-            )
+            report.self_check = self_check(program, forward, captured.takes_position_ids)
     compiled = Compiled(captured, chosen, sites, memories, declined, report, program)
     debug(1, lambda: str(report))
     return compiled
@@ -219,7 +219,7 @@ def debug(level: int, text: Callable[[], str]) -> None:
 
 def _stops(captured: Captured, module: fx.GraphModule, classified: Classified) -> list[Declined]:
     """What stops a step besides masks: mixed tokens on the way to the logits, fixed lengths."""
-    stops = decline_step(module, classified)
+    stops = [*find_branches(captured.program), *decline_step(module, classified)]
     token = classified.extents.token
     if token.is_Integer or classified.extents.batch.is_Integer:
         stops.append(

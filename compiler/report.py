@@ -14,7 +14,6 @@ from ..passes.result import Declined, MaskRule, Site
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group, RenderResult
     from rich.table import Table
-    from rich.text import Text
 
 VERSION = 1
 CONTEXTS = (8 * 1024, 128 * 1024)
@@ -169,9 +168,11 @@ class Report:
         return lines + [f"note: {note}" for note in self.notes]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
         if self.sites:
             yield self.table()
-        yield _unwrapped(self.lines())
+        yield Text("\n".join(self.lines()))
 
     def __str__(self) -> str:
         from io import StringIO
@@ -180,7 +181,7 @@ class Report:
 
         console = Console(file=StringIO(), width=140, color_system=None)
         with console.capture() as text:
-            console.print(self)
+            console.print(self, soft_wrap=True)
         return text.get().rstrip()
 
 
@@ -188,6 +189,7 @@ def comparison(reports: dict[str, Report]) -> Group:
     """Several policies' reports of one model side by side, by the policy's name."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     first = next(iter(reports.values()))
     table = Table(
@@ -212,7 +214,7 @@ def comparison(reports: dict[str, Report]) -> Group:
     if not first.memories:
         lines.append(f"declined: {len(first.declined)}")
         lines += [f"  - {declined}" for declined in first.declined]
-    text = _unwrapped(lines)
+    text = Text("\n".join(lines))
     return Group(table, text) if first.sites else Group(text)
 
 
@@ -241,13 +243,6 @@ def bytes_of(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
-
-
-def _unwrapped(lines: list[str]) -> Text:
-    """Lines that a terminal may break, and that a file gets whole."""
-    from rich.text import Text
-
-    return Text("\n".join(lines), no_wrap=True, overflow="ignore")
 
 
 def _site_cells(site: Site) -> list[str]:

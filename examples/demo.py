@@ -21,8 +21,8 @@ from memcompile.models.networks import induction, recall
 ROOT = Path(__file__).resolve().parents[1]
 BYTES_SMALL = ROOT / "models/networks/checkpoints/bytes-small"
 INDUCTION_OPTIONS = {"budget": 2048, "dense_layers": 0}
-BYTES_OPTIONS = {"budget": 128, "page_size": 16, "sinks": 16, "window": 32}
-console = Console()
+BYTES_OPTIONS = {"budget": 96, "page_size": 8, "sinks": 8, "window": 16, "dense_layers": 0}
+console = Console(soft_wrap=True, highlight=False)
 
 
 @dataclass
@@ -129,7 +129,7 @@ def compare(table: Table, name: str, engine: Any, context: torch.Tensor, questio
 def memcompile_command(*arguments: object) -> None:
     """Show and run a `memcompile` command; a failure ends the demo with its exit code."""
     words = [str(argument) for argument in arguments]
-    console.print(f"\n[bold]$ memcompile {shlex.join(words)}[/bold]", highlight=False)
+    console.print(f"\n[bold]$ memcompile {shlex.join(words)}[/bold]")
     done = subprocess.run([sys.executable, "-m", "memcompile.compiler.cli", *words], check=False)
     if done.returncode:
         sys.exit(done.returncode)
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to")
     parser.add_argument("--induction-length", type=int, default=32 * 1024)
-    parser.add_argument("--prompts", type=int, default=32, help="recall prompts at each length")
+    parser.add_argument("--prompts", type=int, default=64, help="recall prompts at each length")
     given = parser.parse_args()
     torch.manual_seed(0)
     started = time.perf_counter()
@@ -155,14 +155,13 @@ def main() -> None:
             folder, "--policy", "scout", *settings(options[name]), "--out", target, "--force"
         )
 
-    example = recall.recall_prompt(1024, recall.HELD_OUT_SEEDS, depth=0.5)
+    example = recall.recall_prompt(512, recall.HELD_OUT_SEEDS, depth=0.5)
     (given.out / "prompt.txt").write_bytes(example.prompt)
     shown = example.prompt.decode().splitlines()
     fact = next(line for line in shown if line.startswith(f"# fact: {example.key}"))
     console.print(
-        f"\n1024 bytes of library source with the line [green]{fact}[/green] in the middle, "
+        f"\n512 bytes of library source with the line [green]{fact}[/green] in the middle, "
         f"ending in [green]{shown[-1]}[/green]:",
-        highlight=False,
     )
     memcompile_command(
         *("run", given.out / "bytes-small.scout", "--prompt-file", given.out / "prompt.txt"),
@@ -176,14 +175,13 @@ def main() -> None:
     engine = memcompile.compile(networks["induction"], "scout", **INDUCTION_OPTIONS)
     depths = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9]
     compare(table, "induction", engine, *induction_questions(given.induction_length, depths, 4))
-    for length in (512, 1024):
+    for length in (512, 768):
         engine = memcompile.compile(networks["bytes-small"], "scout", **BYTES_OPTIONS)
         compare(table, "bytes-small", engine, *bytes_questions(length, given.prompts))
     console.print(table)
     for name, chosen in options.items():
         words = ", ".join(f"{key}={value}" for key, value in chosen.items())
-        dense = chosen.get("dense_layers", 2)
-        console.print(f"{name}: scout with {words}; the first {dense} layers dense in every row")
+        console.print(f"{name}: scout with {words}")
     seconds = time.perf_counter() - started
     console.print(
         "The context is read densely; question and answer are read as the row says. Pages are "

@@ -85,10 +85,9 @@ def classify_tokens(module: fx.GraphModule) -> Classified:
                 continue
             try:
                 state.values[node] = apply_rule(node, state)
+                _check(node, state)
             except Refused as refused:
                 state.values[node] = mixed(node, str(refused))
-            else:
-                _check(node, state)
     return state
 
 

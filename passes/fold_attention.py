@@ -134,7 +134,7 @@ def _fold_spelled(graph: fx.Graph, softmax: fx.Node, sizes: _Sizes) -> None:
     found = _Logits()
     _walk_up(scores, found)
     assert found.product is not None
-    end = _walk_down(softmax)
+    end = _walk_down(softmax, _precision(found.product))
     with graph.inserting_before(end):
         query, key = _scores_operands(graph, found.product)
         value = _value_operand(graph, end)
@@ -144,13 +144,13 @@ def _fold_spelled(graph: fx.Graph, softmax: fx.Node, sizes: _Sizes) -> None:
 
 def _walk_up(node: fx.Node, found: _Logits) -> None:
     """Follow the scores from the softmax to their matmul, collecting scale, masks and cap."""
+    narrowest = _precision(node)
     while True:
         if node.op != "call_function":
             raise _Unmatched("the softmax's input is no product of queries and keys", node)
         target = node.target
         if target in _SAME_VALUE or target in _RESHAPE:
-            if not node.meta["val"].is_floating_point():
-                raise _Unmatched("the scores are rounded to whole numbers", node)
+            narrowest = min(narrowest, _precision(node))
             if target is aten.dropout.default and argument(node, "train"):
                 raise _Unmatched("dropout is on; call model.eval() before compiling", node)
             before, after = extents(node.args[0]), extents(node)  # type: ignore[arg-type]
@@ -193,6 +193,8 @@ def _walk_up(node: fx.Node, found: _Logits) -> None:
                 raise _Unmatched("a sum in which neither side is a product of q and k", node)
         elif target in (*_MATMUL, aten.baddbmm.default, aten.einsum.default):
             found.product = node
+            if narrowest < _precision(node):
+                raise _Unmatched("the scores are rounded to a narrower type", node)
             if target is aten.baddbmm.default:
                 _take_baddbmm(node, found)
             if found.softcap:
@@ -200,6 +202,12 @@ def _walk_up(node: fx.Node, found: _Logits) -> None:
             return
         else:
             raise _Unmatched("this operation stands between the scores and the softmax", node)
+
+
+def _precision(node: fx.Node) -> int:
+    """Bytes of an element, 0 if it holds no fractions."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype.itemsize if dtype.is_floating_point else 0
 
 
 def _note_mask(found: _Logits, node: fx.Node, kind: str, operands: tuple[Any, ...]) -> None:
@@ -256,7 +264,7 @@ def _take_baddbmm(node: fx.Node, found: _Logits) -> None:
     found.scale *= float(alpha)
 
 
-def _walk_down(softmax: fx.Node) -> fx.Node:
+def _walk_down(softmax: fx.Node, precision: int) -> fx.Node:
     """Follow the probabilities from the softmax to their product with the values."""
     node = softmax
     while True:
@@ -269,8 +277,8 @@ def _walk_down(softmax: fx.Node) -> fx.Node:
             raise _Unmatched("the probabilities are not multiplied with values", node)
         if onward[0].target in _RESHAPE and extents(node)[-2:] != extents(onward[0])[-2:]:
             raise _Unmatched("the probabilities are reshaped across queries or keys", onward[0])
-        if not onward[0].meta["val"].is_floating_point():
-            raise _Unmatched("the probabilities are rounded to whole numbers", onward[0])
+        if _precision(onward[0]) < precision:
+            raise _Unmatched("the probabilities are rounded to a narrower type", onward[0])
         if onward[0].target is aten.dropout.default and argument(onward[0], "train"):
             raise _Unmatched("dropout is on; call model.eval() before compiling", onward[0])
         node = onward[0]
@@ -434,6 +442,8 @@ def _replace(
         lead = [sizes.axis(0)] if heads[0] == 1 else [-1]
         width = new.meta["val"].shape[-1]
         out = emit(graph, aten.reshape.default, out, [*lead, sizes.axis(1), width])
+    elif extents(out) != extents(node):
+        raise _Unmatched("the mask or the values spread one head or row over several", node)
     if out.meta["val"].dtype != node.meta["val"].dtype:
         out = emit(graph, aten.to.dtype, out, node.meta["val"].dtype)
     node.replace_all_uses_with(out)

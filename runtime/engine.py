@@ -27,6 +27,7 @@ class Program:
         limit: largest context the model has positions for, or None.
         limited_by: what sets the limit, for the message.
         max_context: context to preallocate, or None to grow.
+        vocabulary: tokens are 0 .. vocabulary - 1.
         device: where the weights are.
     """
 
@@ -37,6 +38,7 @@ class Program:
     limit: int | None
     limited_by: str
     max_context: int | None
+    vocabulary: int
     device: torch.device
 
 
@@ -212,6 +214,14 @@ class Engine:
                 f"this engine remembers {self._state.batch} rows, got {batch}; call reset() first, "
                 "or make a second engine"
             )
+        # On another device the check would make every step wait for it.
+        if tokens.device.type == "cpu":
+            low, high = (int(t) for t in tokens.aminmax())
+            if low < 0 or high >= self._program.vocabulary:
+                raise ValueError(
+                    f"token {low if low < 0 else high} is not in the vocabulary of "
+                    f"{self._program.vocabulary}; are the tokens meant for another model?"
+                )
         if isinstance(lengths, Tensor):
             lengths = lengths.tolist()
         counts = [n] * batch if lengths is None else [int(c) for c in lengths]

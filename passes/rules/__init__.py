@@ -68,8 +68,14 @@ def _constant_only(node: fx.Node, state: Classified) -> Value:
         and not any(isinstance(a, str) for axis in v.axes for a in axis)
         for n, v in zip(node.all_input_nodes, inputs, strict=True)
     )
-    if inputs and plain and isinstance(fake, torch.Tensor):
+    if inputs and plain and not _draws(node) and isinstance(fake, torch.Tensor):
         axes = fresh_axes(node, state)
         if not any(isinstance(a, str) for axis in axes for a in axis):
             return Value(axes, Kind.CONSTANT)
     raise Refused(f"{target_name(node)} is not known to keep tokens apart")
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operation draws random numbers, which differ from call to call."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags or "dropout" in target_name(node)

@@ -14,10 +14,9 @@ from ..classify_tokens import Classified
 from ..exact import Affine, Exact, Steps
 from ..graph_tools import argument, target_name
 from ..token_axes import Kind, Refused, Value, broadcast
-from .reading import Rule, evaluated, is_number_node, lifted, number, value_of
+from .reading import HOLDS_POSITIONS, Rule, evaluated, is_number_node, lifted, number, value_of
 
 # Types in which positions are held exactly; narrower ones wrap around or round within a context.
-_HOLDS_POSITIONS = (torch.int32, torch.int64, torch.float32, torch.float64)
 # Affine values of floating type are followed only if made of numbers whose sums do not round.
 _FRACTION, _LARGEST = 1 << 10, 1 << 20
 
@@ -96,11 +95,11 @@ def _affine_pointwise(node: fx.Node, known: dict[fx.Node, Exact]) -> Exact | Non
     name = node.target._schema.name.split("::")[1]
     dtype = node.meta["val"].dtype
     if any(
-        isinstance(e, Affine) and n.meta["val"].dtype not in _HOLDS_POSITIONS
+        isinstance(e, Affine) and n.meta["val"].dtype not in HOLDS_POSITIONS
         for n, e in known.items()
     ):
         return None
-    if dtype not in _HOLDS_POSITIONS and dtype is not torch.bool:
+    if dtype not in HOLDS_POSITIONS and dtype is not torch.bool:
         return None
     result = _affine_result(node, name, dtype, known)
     return result if not isinstance(result, Affine) or _held(result) else None
@@ -195,6 +194,7 @@ RULES: dict[str, Rule] = {
             "aten.hardtanh",
             "aten.floor_divide",
             "aten.remainder",
+            "aten.polar",
         ),
         pointwise,
     ),

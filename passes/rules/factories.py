@@ -13,6 +13,7 @@ from ..exact import Affine, Steps
 from ..graph_tools import argument, extents
 from ..token_axes import BATCH, TOKEN, Kind, Refused, Value
 from .reading import (
+    HOLDS_POSITIONS,
     Rule,
     fresh_axes,
     known_exactly,
@@ -41,6 +42,8 @@ def _arange(node: fx.Node, state: Classified) -> Value:
         raise Refused("positions counted from the end of the sequence")
     if not node.meta["val"].is_floating_point() and not float(start + step).is_integer():
         raise Refused("a range of whole numbers with fractional steps")
+    if node.meta["val"].dtype not in HOLDS_POSITIONS:
+        raise Refused("positions in a type that cannot count them all")
     exact = Affine.of(start, {0: step})
     if axes == ((BATCH,),):
         return Value(axes, Kind.CONSTANT, exact)

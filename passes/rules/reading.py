@@ -10,11 +10,15 @@ import torch
 from torch import fx
 
 from ..classify_tokens import Classified, Rematerialise
-from ..exact import Exact
+from ..exact import Affine, Exact
 from ..graph_tools import argument, extent, extents
 from ..token_axes import BATCH, TOKEN, Axis, Kind, Refused, Value
 
 Rule = Callable[[fx.Node, Classified], Value]
+
+
+# A half-precision float cannot tell 257 from 256.
+HOLDS_POSITIONS = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 def value_of(node: Any, state: Classified) -> Value:
@@ -106,6 +110,13 @@ def known_exactly(
     node: fx.Node, state: Classified, axes: tuple[Axis, ...], kind: Kind, exact: Exact
 ) -> Value:
     """An exactly known result of an operation that looks along the token axis."""
+    if isinstance(exact, Affine):
+        along = [axes[axis] for axis, _ in exact.coefficients]
+        inputs = [value_of(n, state) for n in node.all_input_nodes if not is_number_node(n)]
+        if all(axis == (BATCH,) for axis in along) and not any(v.token_axes for v in inputs):
+            return Value(axes, kind, exact)  # a function of the row alone is the same in a step
+        if along != [(TOKEN,)]:
+            raise Refused("positions that depend on the row or on two tokens")
     state.rewrites[node] = Rematerialise(exact, axes)
     return Value(axes, kind, exact)
 

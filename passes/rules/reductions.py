@@ -10,7 +10,7 @@ from ..exact import Affine, Steps
 from ..graph_tools import argument, target_name
 from ..token_axes import TOKEN, Kind, Refused, Value
 from .elementwise import pointwise
-from .reading import Rule, keeps_apart, known_exactly, rank_of, tensor_of, value_of
+from .reading import HOLDS_POSITIONS, Rule, keeps_apart, known_exactly, rank_of, tensor_of, value_of
 
 
 def _reduced_axes(node: fx.Node, value: Value) -> list[int]:
@@ -43,6 +43,8 @@ def _reduction(node: fx.Node, state: Classified) -> Value:
 def _along(node: fx.Node, state: Classified) -> Value:
     """Softmax, cumulative operations and sorts along one axis that holds no tokens."""
     value = tensor_of(node, state)
+    if not value.axes:
+        return value
     axis = argument(node, "dim") % rank_of(value)
     if "cumsum" in target_name(node) and any(isinstance(a, str) for a in value.axes[axis]):
         return _cumsum(node, state, value, axis)
@@ -57,6 +59,8 @@ def _cumsum(node: fx.Node, state: Classified, value: Value, axis: int) -> Value:
     exact = value.exact
     if not isinstance(exact, Steps) or not exact.is_uniform or value.axes[axis] != (TOKEN,):
         raise Refused("accumulates data along the token axis")
+    if node.meta["val"].dtype not in HOLDS_POSITIONS:
+        raise Refused("counts tokens in a type that cannot count them all")
     step = exact.value
     step = int(step) if isinstance(step, bool) else step
     return known_exactly(node, state, value.axes, Kind.POSITION, Affine.of(step, {axis: step}))

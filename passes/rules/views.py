@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..classify_tokens import Classified
-from ..graph_tools import argument, aten, extents
+from ..graph_tools import argument, aten, extents, target_name
 from ..token_axes import BATCH, TOKEN, Axis, Kind, Refused, Value, reshape
 from .reading import Rule, moved_axes, rank_of, tensor_of, value_of, with_tensor
 
@@ -67,9 +67,11 @@ def _permuted(node: fx.Node, state: Classified, order: Sequence[int]) -> Value:
 def _transpose(node: fx.Node, state: Classified) -> Value:
     rank = rank_of(tensor_of(node, state))
     order = list(range(rank))
+    if target_name(node).startswith("aten.numpy_T"):
+        return _permuted(node, state, order[::-1])
     if rank >= 2:
-        a = argument(node, "dim0", rank - 2) % rank
-        b = argument(node, "dim1", rank - 1) % rank
+        a = argument(node, "dim0", argument(node, "axis0", rank - 2)) % rank
+        b = argument(node, "dim1", argument(node, "axis1", rank - 1)) % rank
         order[a], order[b] = order[b], order[a]
     return _permuted(node, state, order)
 

@@ -140,12 +140,15 @@ def test_the_self_check_agrees_with_the_proof(name: str) -> None:
         return
     compiled = verdict.compiled
     assert compiled.program is not None and compiled.captured.forward is not None
-    figures = self_check(
-        compiled.program,
-        compiled.captured.forward,
-        compiled.captured.takes_position_ids,
-        entry.decoder.vocabulary,
-    )
+    try:
+        figures = self_check(
+            compiled.program,
+            compiled.captured.forward,
+            compiled.captured.takes_position_ids,
+        )
+    except NotRewritten:
+        assert entry.least > 1, "only a forward that one token alone breaks may be refused here"
+        return
     assert figures["largest_difference"] <= figures["allowed"]
 
 
@@ -156,7 +159,7 @@ def test_the_self_check_refuses_what_is_beyond_the_proof(name: str) -> None:
     assert refused.value.declined
 
 
-@pytest.mark.parametrize("name", [e.name for e in DECODERS][::9])
+@pytest.mark.parametrize("name", [e.name for e in DECODERS][::29])
 def test_the_face_is_right_or_declines(name: str) -> None:
     entry = ENTRIES[name]
     try:
@@ -264,7 +267,7 @@ def test_the_self_check_refuses_a_step_without_its_position() -> None:
         }
     )
     with pytest.raises(NotRewritten, match="does not reproduce"):
-        self_check(broken, lambda tokens: forward(made(ENTRIES["SlicedTable"]), tokens), False, 29)
+        self_check(broken, lambda tokens: forward(made(ENTRIES["SlicedTable"]), tokens), False)
 
 
 @pytest.mark.parametrize("drop", ["append_index", "attend"])

@@ -120,6 +120,8 @@ def test_stats_are_folded_up_in_long_runs(engine, monkeypatch):
         (lambda e: e(torch.zeros(2, 3)), "torch.float32"),
         (lambda e: e([[1]]), "expected tokens"),
         (lambda e: e(torch.zeros(2, 0, dtype=torch.int64)), "holds no token"),
+        (lambda e: e(torch.tensor([[3, 29]])), "token 29 is not in the vocabulary of 29"),
+        (lambda e: e(torch.tensor([[3, -1]])), "token -1 is not in the vocabulary"),
         (lambda e: e(tokens(2, 4), lengths=[5, 1]), "give one of 0..4 a row"),
         (lambda e: e(tokens(2, 4), lengths=[0, 0]), "give one of 0..4 a row"),
         (lambda e: e(tokens(2, 4), lengths=[4]), "give one of 0..4 a row"),

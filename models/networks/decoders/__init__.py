@@ -58,8 +58,8 @@ def _either(*decoders: type[Decoder], trap: bool = False) -> tuple[Entry, ...]:
     return tuple(Entry(decoder, EITHER, trap=trap) for decoder in decoders)
 
 
-def _trap(decoder: type[Decoder], *reason: str, multiple: int = 1) -> Entry:
-    return Entry(decoder, DECLINED, reason, trap=True, multiple=multiple)
+def _trap(decoder: type[Decoder], *reason: str, multiple: int = 1, length: int = 48) -> Entry:
+    return Entry(decoder, DECLINED, reason, trap=True, multiple=multiple, length=length)
 
 
 ORDINARY: tuple[Entry, ...] = (
@@ -196,7 +196,9 @@ ORDINARY: tuple[Entry, ...] = (
         attention.HeadMajorBmm,
         attention.PositionalKeys,
         attention.SdpaThreeDimensional,
+        layouts.AutocastSwitchedOff,
         layouts.OneHotExperts,
+        layouts.TransformerLayer,
         lengths.RepeatedRange,
         masking.SubtractedMask,
         masking.TransposedTriangle,
@@ -302,7 +304,7 @@ TRAPS: tuple[Entry, ...] = (
     _trap(mixing.FlippedStream, "flip"),
     _trap(mixing.ScrambledBatchAndTokens, "reshape", "view"),
     _trap(mixing.ScrambledChannels, "reshape", "view"),
-    _trap(mixing.ForgottenTranspose, "reshape", "view"),
+    _trap(mixing.ForgottenTranspose, "reshape", "view", "branches"),
     _trap(mixing.ForgottenHeadTranspose, "view"),
     _trap(mixing.OuterTokens, "matmul"),
     _trap(mixing.SameTokenCount, "eq", "tril", "sum"),
@@ -382,6 +384,12 @@ TRAPS: tuple[Entry, ...] = (
     _trap(lengths.NegativeRange, "arange"),
     _trap(lengths.InterleavedRange, "repeat_interleave", "view"),
     Entry(lengths.ByteCumsum, EITHER, trap=True, length=300),
+    _trap(lengths.LengthTwentyBranch, "branches", length=20),
+    _trap(lengths.EvenLengthBranch, "branches"),
+    _trap(lengths.ManyTokensBranch, "branches"),
+    _trap(lengths.SquareBranch, "branches", length=3),
+    Entry(lengths.HalfRange, EITHER, trap=True, length=300),
+    Entry(lengths.ByteRange, EITHER, trap=True, length=300),
     Entry(lengths.HalfPositions, EITHER, trap=True, length=300),
     Entry(lengths.HalfCumsum, EITHER, trap=True, length=300),
     Entry(masks.ByteIndices, EITHER, trap=True, length=300),
@@ -396,7 +404,11 @@ TRAPS: tuple[Entry, ...] = (
     _trap(masks.SubtractedNegative, "mask", "attention"),
     _trap(masks.NegatedScores, "scale", "attention"),
     _trap(masks.TransposedWeights, "attention"),
+    _trap(masks.EinsumTransposedWeights, "attention"),
+    Entry(masks.RoundedScores, EITHER, trap=True),
+    Entry(masks.RoundedWeights, EITHER, trap=True),
     _trap(masks.FractionalWindow, "mask", "attention"),
+    _trap(mixing.SuccessorPresent, "isin", "among"),
     _trap(mixing.DoubledTokens, "token"),
     Entry(mixing.SqueezedGate, EITHER, trap=True, least=2),
     Entry(mixing.SqueezedQueries, EITHER, trap=True, least=2),
@@ -411,6 +423,7 @@ TRAPS: tuple[Entry, ...] = (
     _trap(mutations.FunctionalDropoutOfWeights, "dropout"),
     _trap(mutations.SdpaDropoutAlways, "dropout"),
     _trap(mutations.RandomNoise, "rand"),
+    _trap(mutations.RandomTable, "dropout", "random"),
 )
 
 DECODERS: tuple[Entry, ...] = ORDINARY + TRAPS

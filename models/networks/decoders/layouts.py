@@ -16,6 +16,7 @@ from .frame import (
     PositionedDecoder,
     RotaryDecoder,
     SpelledDecoder,
+    causal,
 )
 
 
@@ -272,3 +273,23 @@ class WindowByHead(MaskedDecoder):
         distance = self.distance(at)
         widths = torch.tensor([3, 5, 9, 17])
         return (distance >= 0) & (distance < widths[:, None, None])
+
+
+class TransformerLayer(Decoder):
+    """torch's own encoder layer under a causal mask, ahead of the block."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.layer = nn.TransformerEncoderLayer(self.hidden, self.heads, 48, batch_first=True)
+
+    def mix(self, x: Tensor, at: At) -> Tensor:
+        mixed: Tensor = self.layer(x, src_mask=~causal(at), is_causal=True)
+        return mixed
+
+
+class AutocastSwitchedOff(RotaryDecoder):
+    """Angles in full precision, whatever the caller's autocast."""
+
+    def angles(self, at: At) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().angles(at)

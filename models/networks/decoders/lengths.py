@@ -453,3 +453,48 @@ class HalfCumsum(Decoder):
     def positions(self, tokens: Tensor) -> Tensor:
         ones = torch.ones(tokens.shape[1], dtype=torch.bfloat16)
         return (ones.cumsum(0) - 1).long()
+
+
+class LengthTwentyBranch(Decoder):
+    """One length of all is another network."""
+
+    def mix(self, x: Tensor, at: At) -> Tensor:
+        return x * 2.0 if x.shape[1] == 20 else x
+
+
+class EvenLengthBranch(Decoder):
+    def mix(self, x: Tensor, at: At) -> Tensor:
+        return x * 2.0 if x.shape[1] % 2 == 0 else x
+
+
+class ManyTokensBranch(Decoder):
+    """Another network for more than fifty tokens over all rows."""
+
+    def mix(self, x: Tensor, at: At) -> Tensor:
+        return x * 2.0 if x.shape[0] * x.shape[1] > 50 else x
+
+
+class SquareBranch(Decoder):
+    """Another network when there are as many rows as tokens."""
+
+    def mix(self, x: Tensor, at: At) -> Tensor:
+        return x * 2.0 if x.shape[0] == x.shape[1] else x
+
+
+class HalfRange(Decoder):
+    """A range in bfloat16, from one on: past 256 it skips."""
+
+    context: ClassVar[int] = 300
+    spare: ClassVar[int] = 8
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        return torch.arange(1, tokens.shape[1] + 1, dtype=torch.bfloat16).long()
+
+
+class ByteRange(Decoder):
+    """A range in eight bits: at 256 it begins again."""
+
+    context: ClassVar[int] = 300
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        return torch.arange(tokens.shape[1], dtype=torch.uint8).long()

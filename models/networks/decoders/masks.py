@@ -587,3 +587,23 @@ class BandOfZeros(SpelledDecoder):
         distance = at.positions[:, None] - at.positions[None, :]
         band = (distance >= 3) & (distance <= 5)
         return super().mask(scores.masked_fill(band, 0.0), at)
+
+
+class EinsumTransposedWeights(SpelledDecoder):
+    """Each key hands out its value to the queries that read it, in Einstein's notation."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, at: At) -> Tensor:
+        weights = self.weigh(self.mask(self.score(query, key), at))
+        return torch.einsum("bhqk,bhqd->bhkd", weights, value)
+
+
+class RoundedScores(SpelledDecoder):
+    """Scores pass through bfloat16 in a float32 network: part of what it computes."""
+
+    def score(self, query: Tensor, key: Tensor) -> Tensor:
+        return super().score(query, key).to(torch.bfloat16).to(query.dtype)
+
+
+class RoundedWeights(SpelledDecoder):
+    def weigh(self, scores: Tensor) -> Tensor:
+        return torch.softmax(scores, dim=-1).to(torch.bfloat16).to(scores.dtype)

@@ -500,3 +500,11 @@ class LogitsTransposed(Decoder):
 
     def finish(self, x: Tensor) -> Tensor:
         return super().finish(x).transpose(1, 2)
+
+
+class SuccessorPresent(Decoder):
+    """Is the token that follows in the vocabulary anywhere in the input?"""
+
+    def mix(self, x: Tensor, at: At) -> Tensor:
+        present = torch.isin(at.tokens + 1, at.tokens)
+        return x * (1.0 + present[..., None].to(x.dtype))

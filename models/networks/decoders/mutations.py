@@ -191,3 +191,10 @@ class SdpaDropoutAlways(Decoder):
 class RandomNoise(Decoder):
     def mix(self, x: Tensor, at: At) -> Tensor:
         return x + 0.1 * torch.randn_like(x)
+
+
+class RandomTable(Decoder):
+    """Dropout that is always on, over the table of positions."""
+
+    def place(self, at: At) -> Tensor:
+        return F.dropout(self.places.weight, 0.3)[at.positions]
