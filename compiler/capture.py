@@ -102,6 +102,24 @@ class _Forward(nn.Module):
         self.extra = extra
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        before = dict(self.model.named_buffers())
+        logits = self._logits(input_ids, position_ids)
+        replaced = [n for n, b in self.model.named_buffers() if before.get(n) is not b]
+        if replaced:  # torch.export would keep the old value without a word
+            raise NotRewritten(
+                f"{type(self.model).__name__} keeps state of its own",
+                [
+                    Declined(
+                        f"the forward replaces the buffer {replaced[0]!r}; a model that remembers "
+                        "by itself cannot be given a memory",
+                        replaced[0],
+                        "capture",
+                    )
+                ],
+            )
+        return logits
+
+    def _logits(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         if self.takes_position_ids:
             assert position_ids is not None
             torch._check(position_ids.shape[0] == input_ids.shape[0])
@@ -154,6 +172,8 @@ def _export(forward: _Forward, takes: bool, device: torch.device) -> ExportedPro
                 return torch.export.export(
                     forward.eval(), inputs, dynamic_shapes=(free,) * len(inputs), strict=False
                 )
+        except NotRewritten:
+            raise
         except Exception as error:  # torch.export raises many types; each means "not capturable"
             failure = failure or error
     assert failure is not None

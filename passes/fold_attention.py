@@ -134,10 +134,13 @@ def _fold_spelled(graph: fx.Graph, softmax: fx.Node, sizes: _Sizes) -> None:
     found = _Logits()
     _walk_up(scores, found)
     assert found.product is not None
-    end = _walk_down(softmax, _precision(found.product))
+    end, narrowest = _walk_down(softmax)
     with graph.inserting_before(end):
         query, key = _scores_operands(graph, found.product)
         value = _value_operand(graph, end)
+        # Models that compute scores in float32 may round the probabilities to the values' type.
+        if narrowest < min(_precision(found.product), _precision(value)):
+            raise _Unmatched("the probabilities are rounded to a narrower type", softmax)
         mask = _one_mask(graph, found, softmax)
         _replace(graph, end, query, key, value, mask, False, found.scale, found.softcap, sizes)
 
@@ -264,24 +267,23 @@ def _take_baddbmm(node: fx.Node, found: _Logits) -> None:
     found.scale *= float(alpha)
 
 
-def _walk_down(softmax: fx.Node, precision: int) -> fx.Node:
-    """Follow the probabilities from the softmax to their product with the values."""
-    node = softmax
+def _walk_down(softmax: fx.Node) -> tuple[fx.Node, int]:
+    """The product of the probabilities with the values, and the narrowest type on the way there."""
+    node, narrowest = softmax, _precision(softmax)
     while True:
         users = [user for user in node.users if user.users]
         products = [user for user in users if _is_value_product(user, node)]
         if len(products) == 1:
-            return products[0]
+            return products[0], narrowest
         onward = [u for u in users if u.target in (*_SAME_VALUE, *_RESHAPE)]
         if len(onward) != 1:
             raise _Unmatched("the probabilities are not multiplied with values", node)
         if onward[0].target in _RESHAPE and extents(node)[-2:] != extents(onward[0])[-2:]:
             raise _Unmatched("the probabilities are reshaped across queries or keys", onward[0])
-        if _precision(onward[0]) < precision:
-            raise _Unmatched("the probabilities are rounded to a narrower type", onward[0])
         if onward[0].target is aten.dropout.default and argument(onward[0], "train"):
             raise _Unmatched("dropout is on; call model.eval() before compiling", onward[0])
         node = onward[0]
+        narrowest = min(narrowest, _precision(node))
 
 
 def _is_value_product(user: fx.Node, probabilities: fx.Node) -> bool:

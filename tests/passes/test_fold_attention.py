@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from normal_form import Forward, heads, lowered, targets
 from tolerance import assert_close_to_float64
 
+from memcompile.compiler.capture import capture
 from memcompile.passes.fold_attention import fold_attention
+from memcompile.passes.strip_asserts import strip_asserts
+from memcompile.passes.unlift import unlift
 from memcompile.passes.verify import verify
 
 ATTENTION = "memcompile.attention.default"
@@ -83,6 +86,13 @@ def flattened_heads(m, x):
     return finish(torch.bmm(s.softmax(-1), v).view(b, 2, t, 8))
 
 
+def upcast_scores(m, x):
+    """GPT-J: scores in float32 whatever the model's type, probabilities in the values' type."""
+    q, k, v = heads(x).float(), heads(m.project(x)).float(), heads(x)
+    s = (q @ k.mT).masked_fill(~causal(x), float("-inf"))
+    return finish(s.softmax(-1).to(v.dtype) @ v)
+
+
 SPELLINGS = [
     sdpa,
     sdpa_without_heads,
@@ -147,3 +157,14 @@ def test_look_alikes_are_declined_where_the_match_ended(body, reason):
     assert [reason in d.reason for d in result.declined] == [True]
     assert result.declined[0].rule == "fold_attention"
     assert result.declined[0].node.startswith("%")
+
+
+def test_half_precision_probabilities_of_float32_scores_fold():
+    class Half(Forward):
+        def forward(self, tokens):
+            return self.body(self, self.embedding(tokens).bfloat16())
+
+    model = Half(upcast_scores)
+    model.project.bfloat16()
+    module = strip_asserts(unlift(capture(model).program).graph).graph
+    assert fold_attention(module).applied == 1

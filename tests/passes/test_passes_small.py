@@ -78,3 +78,18 @@ def test_verify_catches_broken_graphs():
     with pytest.raises(AssertionError, match="writes in place"):
         verify(module, "a_pass")
     assert strip_asserts(lowered(lambda m, x: x)).applied == 0
+
+
+def test_a_forward_that_replaces_a_buffer_is_declined():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(19, 16)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, tokens):
+            self.calls = self.calls + 1
+            return self.embedding(tokens) * self.calls
+
+    with pytest.raises(NotRewritten, match="replaces the buffer 'calls'"):
+        capture(Counting().eval())
