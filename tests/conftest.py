@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
 
 
@@ -12,6 +15,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write golden texts instead of comparing"
     )
+
+
+class TorchRandom:
+    """torch's generator, for hypothesis to seed before each example: a failure then replays."""
+
+    def seed(self, value: int) -> None:
+        import torch
+
+        torch.manual_seed(value)
+
+    def getstate(self) -> Any:
+        import torch
+
+        return torch.get_rng_state()
+
+    def setstate(self, state: Any) -> None:
+        import torch
+
+        torch.set_rng_state(state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis only keeps a weak reference
+hypothesis.register_random(TORCH_RANDOM)
+# The gate gives one answer for one tree; HYPOTHESIS_PROFILE=default looks for new examples.
+hypothesis.settings.register_profile("gate", derandomize=True, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,12 @@ from torch import Tensor
 
 
 def assert_close_to_float64(
-    actual: Tensor, eager: Tensor, float64_reference: Tensor, *, reduction: int = 1
+    actual: Tensor,
+    eager: Tensor,
+    float64_reference: Tensor,
+    *,
+    reduction: int = 1,
+    logarithm: bool = False,
 ) -> None:
     """Asserts error(actual) <= 2 * error(eager) + eps * sqrt(reduction) * max|reference|.
 
@@ -18,6 +23,8 @@ def assert_close_to_float64(
         eager: plain eager's result in the precision under test; its dtype sets eps.
         float64_reference: the truth. Infinite entries must be met exactly; NaN is never right.
         reduction: terms summed into one entry (keys times their width, say).
+        logarithm: the entries are logarithms of sums, where a relative error of the sum is an
+            absolute one: max|reference| counts as at least 1.
     """
     assert float64_reference.dtype == torch.float64, "the reference must be computed in float64"
     assert actual.shape == eager.shape == float64_reference.shape, (
@@ -38,7 +45,8 @@ def assert_close_to_float64(
         float((torch.where(finite, tensor.double(), 0) - truth).abs().max())
         for tensor in (actual, eager)
     )
-    band = rounding_band(eager.dtype, reduction) * float(truth.abs().max())
+    size = max(float(truth.abs().max()), float(logarithm))
+    band = rounding_band(eager.dtype, reduction) * size
     assert error <= 2 * allowed + band, (
         f"error {error:.3e} against float64 exceeds 2 x eager's {allowed:.3e} + the rounding band "
         f"{band:.3e} of {eager.dtype}"

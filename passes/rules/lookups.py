@@ -98,11 +98,13 @@ def _index_select(node: fx.Node, state: Classified) -> Value:
 def _gather(node: fx.Node, state: Classified) -> Value:
     value, index = tensor_of(node, state), tensor_of(node, state, "index")
     axis = argument(node, "dim") % rank_of(value)
-    if any(isinstance(a, str) for a in (*value.axes[axis], *index.axes[axis])):
+    # The index may hold tokens along this axis: each then picks its own row of a constant.
+    if any(isinstance(a, str) for a in value.axes[axis]):
         raise Refused("gathers along the token axis")
     for i, (a, b) in enumerate(zip(value.axes, index.axes, strict=True)):
         if i != axis and a != b:
             raise Refused("gathers across different axes")
+    _note_bound(node, state, value.axes[axis], index)
     return Value(index.axes, max(value.kind, index.kind))
 
 

@@ -190,6 +190,7 @@ def _repeat(node: fx.Node, state: Classified) -> Value:
     repeats = argument(node, "repeats")
     shift = len(repeats) - rank_of(value)
     axes: list[Axis] = []
+    kept: dict[int, int] = {}
     for i, count in enumerate(repeats):
         have: Axis = value.axes[i - shift] if i >= shift else ()
         factor = state.extents.axis(symbol_of(count))
@@ -198,7 +199,9 @@ def _repeat(node: fx.Node, state: Classified) -> Value:
         if TOKEN in factor and value.kind is Kind.LOCAL:
             raise Refused("token data is spread over another token axis")
         axes.append(merge_numbers((*factor, *have)))
-    exact = value.exact if isinstance(value.exact, Steps) and value.exact.is_uniform else None
+        if not factor:
+            kept[i - shift] = i
+    exact = value.exact.moved(kept.get) if value.exact is not None else None
     return Value(tuple(axes), value.kind, exact)
 
 

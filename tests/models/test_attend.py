@@ -24,9 +24,11 @@ def assert_read(laid: Laid, got: tuple[torch.Tensor, torch.Tensor], **options: o
         for dtype in (torch.float64, laid.case.dtype)
     )
     width = sum(map(max, zip(laid.case.position, strict=True))) + laid.case.rows
-    for actual, plain, exact in zip(got, eager, truth, strict=True):
+    for part, actual, plain, exact in zip(("out", "lse"), got, eager, truth, strict=True):
         assert actual.dtype == paged.wide(laid.case.dtype)
-        assert_close_to_float64(actual, plain, exact, reduction=width * laid.case.key_dim)
+        assert_close_to_float64(
+            actual, plain, exact, reduction=width * laid.case.key_dim, logarithm=part == "lse"
+        )
 
 
 @few

@@ -36,3 +36,11 @@ def test_more_is_refused(actual: torch.Tensor, message: str) -> None:
 def test_the_reference_must_be_float64() -> None:
     with pytest.raises(AssertionError, match="computed in float64"):
         assert_close_to_float64(EAGER, EAGER, EAGER)
+
+
+def test_a_logarithm_near_zero_is_held_to_the_error_of_its_sum() -> None:
+    truth = torch.tensor([1e-3], dtype=torch.float64)
+    off = truth + torch.finfo(torch.float64).eps / 2
+    assert_close_to_float64(off, truth, truth, logarithm=True)
+    with pytest.raises(AssertionError, match="exceeds 2 x eager's"):
+        assert_close_to_float64(off, truth, truth)

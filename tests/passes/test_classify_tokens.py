@@ -43,6 +43,10 @@ POSITIONS = {
         lambda m, x: torch.arange(x.shape[1]) - torch.arange(x.shape[1])[:1],
         Affine(0, ((0, 1),)),
     ),
+    "repeated": (
+        lambda m, x: torch.arange(x.shape[1])[:, None].repeat(x.shape[0], 1, 3),
+        Affine(0, ((1, 1),)),
+    ),
     "distance": (
         lambda m, x: torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1]),
         Affine(0, ((0, 1), (1, -1))),
@@ -110,6 +114,18 @@ def test_embedded_positions_are_bounded():
     )
     assert value == Value(((TOKEN,), (16,)), Kind.POSITION)
     assert [b.limit for b in state.bounds] == [30]
+
+
+def test_rows_of_a_constant_may_be_gathered_by_each_token():
+    def body(m, x):
+        rows = torch.arange(x.shape[1])[None, :, None].repeat(x.shape[0], 1, 16)
+        return torch.gather(m.table.repeat(x.shape[0], 1, 1), 1, rows)
+
+    state, _, value = judged(body)
+    assert value == Value(((BATCH,), (TOKEN,), (16,)), Kind.POSITION)
+    assert [b.limit for b in state.bounds] == [32]
+    _, _, value = judged(lambda m, x: torch.gather(x, 1, x.argsort(-1)))
+    assert isinstance(value, Mixed)
 
 
 def test_looking_along_known_values_is_rematerialised():
