@@ -160,7 +160,7 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if lines else type(error).__name__
     if len(lines) > 1 and "Original exception" not in str(error):
-        text = lines[0]
+        text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return text if len(text) <= 300 else text[:297] + "..."
 
 

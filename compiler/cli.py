@@ -142,9 +142,9 @@ def build(
         check_target(target, force)
 
     loaded, seconds = _load(model, arch, arch_config, trust_pickle)
-    compiled = build_model(loaded.model, policy, strict=not no_strict, **options)
+    name = _absolute(model).name
+    compiled = build_model(loaded.model, policy, strict=not no_strict, name=name, **options)
     report = compiled.report
-    report.model = model.name
     report.timings = {"load": seconds, **report.timings}
     written = not dry_run and compiled.program is not None
     if written:
@@ -176,7 +176,7 @@ def inspect(
 
     loaded, _ = _load(model, arch, arch_config, trust_pickle)
     captured = capture(loaded.model, max_context=max_context)
-    captured.name = model.name
+    captured.name = _absolute(model).name
     reports: dict[str, Report] = {}
     refused = False
     for name, preset in PRESETS.items():
@@ -195,10 +195,15 @@ def inspect(
 
 def default_name(model: Path, policy: str) -> str:
     """`model.pt` -> `model.scout`; a folder keeps its whole name, dots included."""
-    path = model.resolve()
+    path = _absolute(model)
     known = (".pt", ".pt2", ".pth", ".bin", ".ckpt", ".safetensors")
     stem = path.stem if path.suffix in known and not path.is_dir() else path.name
     return f"{stem}.{policy}"
+
+
+def _absolute(path: Path) -> Path:
+    """`path` from the root, with the name that was given: links (a hub's are digests) stay."""
+    return Path(os.path.abspath(path))
 
 
 def policy_options(
@@ -315,13 +320,15 @@ def _generate(
 
     from .report import bytes_of
 
-    started = time.perf_counter()
-    try:
-        following = engine.prefill(torch.tensor([tokens]))[:, -1].argmax(-1, keepdim=True)
-    except IndexError:
+    # The last token written is not read again.
+    longest = len(tokens) + max_new_tokens - 1
+    if engine.limit is not None and longest > engine.limit:
         raise BadInput(
-            f"run: the model has no token {max(tokens)}; is the prompt meant for another one?"
-        ) from None
+            f"run: a prompt of {len(tokens)} tokens and {max_new_tokens} new ones exceed the "
+            f"context of {engine.limit}; give a shorter prompt or fewer --max-new-tokens"
+        )
+    started = time.perf_counter()
+    following = engine.prefill(torch.tensor([tokens]))[:, -1].argmax(-1, keepdim=True)
     prefilled = time.perf_counter()
     before = replace(engine.stats())
     step = engine if read == "policy" else engine.prefill
@@ -355,6 +362,9 @@ def _run(arguments: list[str] | None) -> int:
         return code if isinstance(code, int) else OK
     except click.Abort:
         return 130
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return BAD_INPUT
     except click.ClickException as error:
         return _fail(error.format_message(), BAD_INPUT)
     except BadInput as error:
@@ -365,7 +375,7 @@ def _run(arguments: list[str] | None) -> int:
         if isinstance(error, NotRewritten):
             return _fail(str(error), NOT_REWRITTEN)
         if _is_bad_input(error):
-            return _fail(" ".join(str(error).split()), BAD_INPUT)
+            return _fail(_one_line(error), BAD_INPUT)
         traceback.print_exc()
         return _fail(f"internal error: {type(error).__name__}", INTERNAL)
 
@@ -397,6 +407,14 @@ def _is_bad_input(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     home = Path(__file__).resolve().parents[1]
     return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(home)
+
+
+def _one_line(error: Exception) -> str:
+    """The text of a refusal; what the system says of a file, without its error number."""
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror[:1].lower() + error.strerror[1:]
+        return f"{error.filename}: {reason}" if error.filename is not None else reason
+    return " ".join(str(error).split())
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -452,7 +470,10 @@ def parse_ids(text: str) -> list[int]:
     wrong = next((word for word in words if not word.isdecimal()), None)
     if wrong is not None:
         raise BadInput(f"--ids: expected whole numbers, found {wrong!r}")
-    return [int(word) for word in words]
+    tokens = [int(word) for word in words]
+    if tokens and max(tokens) >= 1 << 63:
+        raise BadInput(f"--ids: no model has a token {max(tokens)}")
+    return tokens
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -79,9 +80,13 @@ def check_target(out: Path, force: bool) -> None:
     Raises:
         FileExistsError: it exists, and `force` is not given or memcompile did not write it.
         FileNotFoundError: its parent does not exist.
+        PermissionError: nothing may be written in its parent.
     """
-    if not out.resolve().parent.is_dir():
+    parent = out.resolve().parent
+    if not parent.is_dir():
         raise FileNotFoundError(f"{out}: its parent folder does not exist; make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{out}: not allowed to write in {parent}; give another folder")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not force:
@@ -107,12 +112,16 @@ def open_engine(path: str | Path) -> Engine:
 
     folder = Path(path)
     manifest = _read_manifest(folder)
+    try:
+        chosen = preset_from_json(manifest["policy"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / _MANIFEST}: damaged: its 'policy': {error}") from error
     program = read_program(folder / _PROGRAM)
     _pour(program, folder / _WEIGHTS, manifest["weights"])
     captured = Captured(program, manifest["takes_position_ids"], manifest["model"])
     compiled = build_captured(
         captured,
-        preset_from_json(manifest["policy"]),
+        chosen,
         max_context=manifest["max_context"],
         strict=True,
         check=False,  # checked when it was compiled; the files are the same to the bit
@@ -310,6 +319,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     for key, kind in expected.items():
         if not isinstance(manifest.get(key), kind) or key not in manifest:
             raise ValueError(f"{path}: damaged: its {key!r} is {manifest.get(key)!r}")
+    for key in ("aliases", "strides"):
+        if not isinstance(manifest["weights"].get(key), dict):
+            raise ValueError(f"{path}: damaged: its 'weights' lack {key!r}")
     for name in (_PROGRAM, _WEIGHTS):
         if name not in manifest["files"]:
             raise ValueError(f"{path}: damaged: it does not list {name}")

@@ -81,6 +81,7 @@ def build(
     max_context: int | None = None,
     strict: bool = True,
     check: bool = True,
+    name: str | None = None,
     **options: Any,
 ) -> Compiled:
     """Capture `model` and compile it; see `build_captured`.
@@ -92,20 +93,23 @@ def build(
             length-dependent rotary tables. None: grows.
         strict: raise when no site, or not every site, could be rewritten.
         check: run the self-check.
+        name: what reports and errors call the model; its path's last part or its class if None.
     """
     chosen = preset(policy, **options)
-    if max_context is not None and (not isinstance(max_context, int) or max_context < 1):
+    if max_context is not None and (type(max_context) is not int or max_context < 1):
         raise ValueError(f"max_context is {max_context!r}; give a positive number of tokens")
-    name = None
     if isinstance(model, str | os.PathLike):
-        model, name = _loaded(Path(model))
+        from .load import load
+
+        path = Path(model)
+        model, name = load(path).model, name or path.name
     started = time.perf_counter()
     try:
         captured = capture(model, max_context=max_context)
     except NotRewritten as refused:
         if strict:
             raise
-        report = _report(type(model).__name__, chosen, max_context)
+        report = _report(name or type(model).__name__, chosen, max_context)
         report.declined = refused.declined
         return Compiled(None, chosen, [], {}, refused.declined, report, None)
     seconds = time.perf_counter() - started
@@ -181,7 +185,7 @@ def build_captured(
     )
     if check:
         with _stage(timings, "self-check"):
-            forward = captured.forward or _graph_forward(module)
+            forward = captured.forward or _graph_forward(captured.program)
             report.self_check = self_check(program, forward, captured.takes_position_ids)
     compiled = Compiled(captured, chosen, sites, memories, declined, report, program)
     debug(1, lambda: str(report))
@@ -213,7 +217,10 @@ def debug(level: int, text: Callable[[], str]) -> None:
     """Print `text` to stderr when MEMCOMPILE_DEBUG is at least `level`: 1 report, 2 graphs."""
     import sys
 
-    if int(os.environ.get("MEMCOMPILE_DEBUG", "0") or 0) >= level:
+    given = os.environ.get("MEMCOMPILE_DEBUG") or "0"
+    if not given.isdecimal():
+        raise ValueError(f"MEMCOMPILE_DEBUG is {given!r}; give 0, 1 or 2")
+    if int(given) >= level:
         print(text(), file=sys.stderr)
 
 
@@ -272,7 +279,10 @@ def _vocabulary(module: fx.GraphModule, classified: Classified) -> int:
     return int(output.args[0].meta["val"].shape[-1])
 
 
-def _graph_forward(module: fx.GraphModule) -> Callable[..., Tensor]:
+def _graph_forward(program: ExportedProgram) -> Callable[..., Tensor]:
+    """The program as it was given, before any pass that the self-check has to answer for."""
+    module = unlift(program).graph
+
     def forward(*inputs: Tensor) -> Tensor:
         result: Tensor = module(*inputs)
         return result
@@ -290,12 +300,3 @@ def _stage(timings: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     timings[name] = timings.get(name, 0.0) + time.perf_counter() - started
-
-
-def _loaded(path: Path) -> tuple[nn.Module | ExportedProgram, str]:
-    from .load import load
-
-    loaded = load(path)
-    model = loaded.module if loaded.module is not None else loaded.program
-    assert model is not None
-    return model, path.name

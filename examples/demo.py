@@ -32,7 +32,7 @@ class Asked:
     Attributes:
         right: answers that were right in every token, of `total`.
         pages, size: pages and bytes read for the questions and answers, index included.
-        seconds: time that took.
+        tokens: tokens of those questions and answers that were run.
     """
 
     read: str
@@ -41,7 +41,6 @@ class Asked:
     pages: int = 0
     size: int = 0
     tokens: int = 0
-    seconds: float = 0.0
 
 
 def ask(engine: Any, question: torch.Tensor, answer: torch.Tensor, result: Asked) -> None:
@@ -51,13 +50,11 @@ def ask(engine: Any, question: torch.Tensor, answer: torch.Tensor, result: Asked
     """
     branch = engine.fork()
     step = branch.prefill if result.read == "dense" else branch
-    started = time.perf_counter()
     following = step(question)[:, -1:].argmax(-1)
     written = [following]
     while len(written) < answer.shape[1]:
         following = step(following)[:, -1:].argmax(-1)
         written.append(following)
-    result.seconds += time.perf_counter() - started
     stats = branch.stats()
     result.right += int((torch.cat(written, 1) == answer).all(1).sum())
     result.total += answer.shape[0]

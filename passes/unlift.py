@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -16,7 +17,8 @@ _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 def unlift(program: ExportedProgram) -> PassResult:
     """Copy the program's graph, weights as `get_attr` nodes; a graph from `program.module()` would
-    check its inputs against the old signature.
+    check its inputs against the old signature. Regions that only switch gradients or autocast off
+    lose their switch.
 
     Graphs that write in place are functionalised first; one that writes to a buffer (a cache or
     table that outlives the call) is declined.
@@ -37,6 +39,7 @@ def unlift(program: ExportedProgram) -> PassResult:
     root = nn.Module()
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
+    regions: dict[fx.Node, Any] = {}
     specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
     shared: dict[int, str] = {}
     result: fx.Node | None = None
@@ -76,7 +79,17 @@ def unlift(program: ExportedProgram) -> PassResult:
             ]
             result = graph.output(copied[wanted[0]])
             continue
+        elif (region := _region(node, program.graph_module)) is not None:
+            body, arguments = region
+            inputs = (n for n in body.nodes if n.op == "placeholder")
+            inside = {n: copied[a] for n, a in zip(inputs, arguments, strict=True)}
+            regions[node] = graph.graph_copy(body, inside)
+            continue
+        elif node.target is operator.getitem and node.args[0] in regions:
+            new = regions[node.args[0]][node.args[1]]
         elif node.op == "get_attr":
+            if all(_region(user, program.graph_module) is not None for user in node.users):
+                continue
             setattr(root, str(node.target), operator.attrgetter(node.target)(program.graph_module))
             new = graph.node_copy(node, lambda n: copied[n])
         else:
@@ -84,6 +97,22 @@ def unlift(program: ExportedProgram) -> PassResult:
         copied[node] = new
     assert result is not None
     return PassResult(fx.GraphModule(root, graph), 1, declined)
+
+
+def _region(node: fx.Node, owner: fx.GraphModule) -> tuple[fx.Graph, list[fx.Node]] | None:
+    """Body and arguments of a node that runs a part of the forward with gradients switched or
+    autocast off: its values are those of the body. None if there is more to it."""
+    if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+        _, held, *arguments = node.args
+    elif node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2] is False:
+        _, _, _, _, held, *arguments = node.args
+    else:
+        return None
+    assert isinstance(held, fx.Node)
+    body: fx.Graph = operator.attrgetter(str(held.target))(owner).graph
+    plain = not any(n.op == "get_attr" or _mutates(n) for n in body.nodes)
+    nodes = [argument for argument in arguments if isinstance(argument, fx.Node)]
+    return (body, nodes) if plain and len(nodes) == len(arguments) else None
 
 
 def _mutates(node: fx.Node) -> bool:

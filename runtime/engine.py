@@ -166,6 +166,11 @@ class Engine:
         """Tokens each row holds; empty before the first call."""
         return self._state.position if self._state is not None else []
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens a row can hold, by the model's tables or `max_context`; None if any number."""
+        return self._program.limit
+
     def reset(self) -> None:
         """Forget everything, statistics too; the next call may have another batch size."""
         self._state, self._log, self._stats = None, [], Stats()

@@ -32,7 +32,8 @@ def preset(name: str, **options: Any) -> Dense | Scout:
     kind = PRESETS[name]
     names = [f.name for f in dataclasses.fields(kind)]
     for option in options:
-        known(f"option of policy {name!r}", option, names)
+        if option not in names:
+            raise ValueError(f"policy {name!r} has no option {option!r}; known: {', '.join(names)}")
     return kind(**options)
 
 

@@ -196,7 +196,7 @@ def test_nothing_rewritten_is_code_3_and_says_what_was_looked_for(
     say: Any, without_attention: Path
 ) -> None:
     said = say(without_attention)
-    assert said.code == 3
+    assert said.code == 3 and said.err.startswith("memcompile: flat.pt2: ")
     assert "scaled_dot_product_attention" in said.err
     looked = say("inspect", without_attention)
     assert looked.code == 3 and "no step can be derived" in looked.out
@@ -271,7 +271,9 @@ def test_ids_are_whole_numbers(text: str, message: str) -> None:
         (["--prompt", "text"], "tokenizer.json"),
         (["--ids", "--prompt", ""], "no token"),
         (["--ids", "--prompt", "0 9999"], "9999"),
-        (["--prompt-file", "absent.txt"], "absent.txt"),
+        (["--ids", "--prompt", f"0 {1 << 63}"], str(1 << 63)),
+        (["--prompt-file", "absent.txt"], "absent.txt: no such file"),
+        (["--prompt-file", "."], ".: is a directory"),
     ],
 )
 def test_run_refuses_in_one_line(
@@ -280,6 +282,35 @@ def test_run_refuses_in_one_line(
     said = say("run", engine_folder, *arguments)
     assert said.code == 2
     assert found in said.err and len(said.err.strip().splitlines()) == 1
+
+
+def test_run_refuses_more_tokens_than_the_context_holds_before_it_starts(
+    say: Any, network: Path
+) -> None:
+    assert say(network, *SMALL, "--max-context", 20, "--out", "short", "--quiet").code == 0
+    prompt = ("--ids", "--prompt", " ".join("3" * 12))
+    said = say("run", "short", *prompt, "--max-new-tokens", 10)
+    assert (said.code, said.out) == (2, "") and "context of 20" in said.err
+    assert len(said.err.strip().splitlines()) == 1
+    assert say("run", "short", *prompt, "--max-new-tokens", 9).code == 0
+
+
+def test_a_prompt_that_is_no_text_is_refused(say: Any, engine_folder: Path) -> None:
+    Path("prompt.txt").write_bytes(b"abc\xff")
+    said = say("run", engine_folder, "--prompt-file", "prompt.txt")
+    assert said.code == 2 and "UTF-8" in said.err and "0xff at 3" in said.err
+
+
+def test_an_interrupt_is_code_130_and_leaves_nothing(
+    say: Any, network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memcompile.compiler.package._save_program", interrupted)
+    said = say(network, *SMALL, "--out", "out")
+    assert said.code == 130 and "Traceback" not in said.err
+    assert not list(Path.cwd().iterdir())
 
 
 def test_run_refuses_a_folder_that_is_no_engine(say: Any) -> None:
@@ -298,7 +329,7 @@ def test_a_model_file_loses_its_suffix_and_a_folder_keeps_its_dots(tmp_path: Pat
 @pytest.mark.parametrize("arguments", [["--help"], [], ["inspect", "--help"], ["run", "-h"]])
 def test_help_names_the_options(say: Any, arguments: list[str]) -> None:
     said = say(*arguments)
-    assert "memcompile" in said.out + said.err
+    assert (said.out + said.err).startswith("Usage: memcompile")
 
 
 def test_help_shows_how_to_build(say: Any) -> None:

@@ -221,6 +221,14 @@ def test_no_parent(compiled: Compiled, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_parent_that_may_not_be_written(
+    compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path.resolve())
+    with pytest.raises(PermissionError, match="not allowed to write in"):
+        write(tmp_path / "out", compiled)
+
+
 def test_nothing_to_write(compiled: Compiled, tmp_path: Path) -> None:
     fake: Any = SimpleNamespace(program=None)
     with pytest.raises(ValueError, match="nothing was rewritten"):
@@ -342,7 +350,9 @@ SPOILED: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "newer version": (manifest(version=7), ValueError, "version 7, written by memcompile"),
     "other format": (manifest(format="x"), ValueError, "not the manifest of a folder"),
     "no policy": (manifest(policy=None), ValueError, "its 'policy' is None"),
-    "unknown policy": (manifest(policy={"preset": "x"}), ValueError, "'x'"),
+    "unknown policy": (manifest(policy={"preset": "x"}), ValueError, "its 'policy': unknown"),
+    "policy of lists": (manifest(policy={"preset": []}), ValueError, "damaged: its 'policy'"),
+    "weights unsaid": (manifest(weights={}), ValueError, "its 'weights' lack 'aliases'"),
     "no files": (manifest(files={}), ValueError, "does not list program.pt2"),
     "file outside": (
         lambda f: resign(

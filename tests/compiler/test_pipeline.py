@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 import memcompile
+from memcompile.compiler import pipeline
+from memcompile.compiler.capture import capture
 from memcompile.compiler.pipeline import build
 from memcompile.models.networks.decoders import Decoder
 from memcompile.passes.result import NotRewritten
+from memcompile.passes.strip_asserts import strip_asserts
 
 
 class Plain(nn.Module):
@@ -114,6 +117,28 @@ def test_debug_levels(level, shown, monkeypatch, capsys):
     monkeypatch.setenv("MEMCOMPILE_DEBUG", str(level))
     build(Decoder(0), "dense")
     assert shown in capsys.readouterr().err
+
+
+def test_an_exported_program_is_checked_against_itself_and_not_its_normal_form(monkeypatch):
+    program = capture(Decoder(0)).program
+    assert build(program, "dense").report.self_check["tokens"] > 0
+
+    def spoilt(module):
+        result = strip_asserts(module)
+        for node in result.graph.graph.nodes:
+            if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+                node.kwargs = {**node.kwargs, "scale": 0.01}
+        return result
+
+    monkeypatch.setattr(pipeline, "NORMALISE", (spoilt, *pipeline.NORMALISE[1:]))
+    with pytest.raises(NotRewritten, match="does not reproduce the forward"):
+        build(program, "dense")
+
+
+def test_a_debug_level_is_a_number(monkeypatch):
+    monkeypatch.setenv("MEMCOMPILE_DEBUG", "loud")
+    with pytest.raises(ValueError, match="MEMCOMPILE_DEBUG is 'loud'; give 0, 1 or 2"):
+        build(Decoder(0), "dense")
 
 
 def test_explain_names_node_reason_and_rule():

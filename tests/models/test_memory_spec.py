@@ -204,7 +204,7 @@ def test_the_index_holds_what_the_score_needs(score: str, compensate: bool) -> N
         (lambda: Scout(budget=None, min_context=8), r"min_context needs a budget"),
         (lambda: Dense(page_size=3), r"page_size must be a power of two"),
         (lambda: preset("quest"), r"unknown policy 'quest'; known: dense, scout"),
-        (lambda: preset("dense", budget=1), r"unknown option of policy 'dense' 'budget'; known: p"),
+        (lambda: preset("dense", budget=1), r"policy 'dense' has no option 'budget'; known: p"),
         (lambda: preset_from_json({"name": "dense"}), r"a preset is"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from normal_form import Forward, lowered, targets
 from torch import nn
+from torch.export import Dim
 
 from memcompile.compiler.capture import capture
 from memcompile.compiler.pipeline import normalise
@@ -49,6 +50,44 @@ def test_a_forward_with_state_of_its_own_is_declined():
 
     with pytest.raises(NotRewritten, match=r"writes to 'model\.calls'"):
         normalise(capture(Counting().eval()).program)
+
+
+def regions(mutate=False):
+    """Exported with gradients on, so that each switch is a graph of its own."""
+
+    def body(m, x):
+        with torch.no_grad():
+            y = x * 2
+            if mutate:
+                y += 1
+        with torch.autocast("cpu", enabled=False):
+            z = m.project(y)
+        return x + z
+
+    tokens, free = torch.zeros(2, 5, dtype=torch.int64), {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    model = Forward(body)
+    return model, torch.export.export(model, (tokens,), dynamic_shapes=(free,), strict=False)
+
+
+def test_unlift_dissolves_regions_without_gradients_or_autocast():
+    model, program = regions()
+    assert sum("wrap_with" in str(node.target) for node in program.graph.nodes) == 2
+    module = unlift(program).graph
+    verify(module, "unlift")
+    assert not any("wrap_with" in target for target in targets(module))
+    assert all(
+        isinstance(getattr(module, n.target), torch.Tensor)
+        for n in module.graph.nodes
+        if n.op == "get_attr"
+    )
+    tokens = torch.randint(19, (3, 7))
+    assert torch.equal(module(tokens), model(tokens))
+
+
+def test_unlift_keeps_a_region_that_writes_in_place():
+    _, program = regions(mutate=True)
+    kept = [t for t in targets(unlift(program).graph) if "wrap_with" in t]
+    assert kept == ["wrap_with_set_grad_enabled"]
 
 
 def test_strip_asserts_removes_identities():
