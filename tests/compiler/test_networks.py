@@ -140,17 +140,15 @@ def test_dense_is_eager_at_odd_chunks(name: str, batch: int) -> None:
 
 
 @SITES
-def test_dense_is_eager_token_by_token(name: str) -> None:
+@pytest.mark.parametrize("batch", [1, 3])
+def test_dense_is_eager_token_by_token(name: str, batch: int) -> None:
     compiled, model = dense(name)
-    tokens = random_tokens(VOCABULARY, 3, 23, seed=9)
+    tokens = random_tokens(VOCABULARY, batch, 23, seed=9)
     assert_logits(model, stepped(compiled.engine(), tokens, calls_of(23, 1)), tokens)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, "float16" if "eager" in name else "bfloat16") for name in NETWORKS]
-    + [("nanogpt", "float16"), ("llama.c", "float16")],
-)
+@SITES
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dense_is_eager_in_sixteen_bits(name: str, dtype: str) -> None:
     compiled, model = dense(name, dtype)
     for batch, sizes in ((1, [1]), (3, odd_calls(23))):
@@ -224,7 +222,7 @@ def test_generate_continues_greedily() -> None:
     assert torch.equal(chosen[sure], top[..., 0][sure])
 
 
-@pytest.mark.parametrize("name", ["llama-sdpa", "mistral-eager", "opt-eager"])
+@SITES
 def test_scout_with_everything_is_dense(name: str) -> None:
     model = network(name)
     options = {"page_size": 8, "sinks": 8, "window": 16, "dense_layers": 0}

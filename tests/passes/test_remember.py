@@ -135,7 +135,7 @@ def test_self_check_catches_a_forward_that_is_not_its_own_prefix():
             scale = 2.0 if tokens.shape[0] == 1 else 1.0
             return self.inner(tokens) * scale
 
-    with pytest.raises(NotRewritten, match=r"batch 1 in calls of"):
+    with pytest.raises(NotRewritten, match=r"batch 1 in policy calls of"):
         build(OneRow().eval(), "dense")
 
     class OneToken(OneRow):
