@@ -77,18 +77,19 @@ def _takes_positions(program: ExportedProgram) -> bool:
         for spec in program.graph_signature.input_specs
         if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
     ]
-    if len(names) == 2 and not inputs[names[1]].users:
-        raise NotRewritten(
-            "the exported program does not use its position_ids",
-            [
-                Declined(
-                    "nothing reads this input; torch.export merges inputs that were one tensor "
-                    "when it traced: export again with two tensors, or without the second",
-                    names[1],
-                    "capture",
-                )
-            ],
-        )
+    for name in names:
+        if all(user.target is torch.ops.aten.sym_size.int for user in inputs[name].users):
+            raise NotRewritten(
+                f"the exported program does not use its input {name!r}",
+                [
+                    Declined(
+                        "nothing reads its values; torch.export merges inputs that were one tensor "
+                        "when it traced: export again with two tensors, or without this input",
+                        name,
+                        "capture",
+                    )
+                ],
+            )
     return len(names) == 2
 
 
