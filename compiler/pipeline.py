@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from ..models.memory import Preset, preset
 from ..models.memory.spec import Memory
 from ..passes.classify_tokens import Classified, classify_tokens
-from ..passes.find_branches import find_branches
+from ..passes.find_branches import find_branches, keeps_guards
 from ..passes.find_sites import find_sites
 from ..passes.fold_attention import fold_attention
 from ..passes.remember import StepGraph, decline_step, remember
@@ -147,6 +147,10 @@ def build_captured(
         declined = list(dict.fromkeys([*declined, *blocking]))
     debug(2, lambda: module.print_readable(print_output=False))
     report.sites, report.declined = sites, declined
+    if not keeps_guards(captured.program):
+        report.notes.append(
+            "this torch leaves no guards with a program: branches on sizes were not looked for"
+        )
     step: StepGraph | None = None
     memories: dict[str, Memory] = {}
     if sites and not blocking:

@@ -37,6 +37,11 @@ _OPERATIONS: dict[type, Callable[..., Any]] = {
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"max": max, "min": min, "Max": max, "Min": min}
 
 
+def keeps_guards(program: ExportedProgram) -> bool:
+    """Whether this torch leaves the guards with the program; without them no branch is found."""
+    return hasattr(program, "_guards_code")
+
+
 def find_branches(program: ExportedProgram) -> list[Declined]:
     """The branches on sizes that torch.export took on the way, each as a decline.
 

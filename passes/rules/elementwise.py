@@ -16,7 +16,6 @@ from ..graph_tools import argument, target_name
 from ..token_axes import Kind, Refused, Value, broadcast
 from .reading import HOLDS_POSITIONS, Rule, evaluated, is_number_node, lifted, number, value_of
 
-# Types in which positions are held exactly; narrower ones wrap around or round within a context.
 # Affine values of floating type are followed only if made of numbers whose sums do not round.
 _FRACTION, _LARGEST = 1 << 10, 1 << 20
 
@@ -127,8 +126,6 @@ def _affine_result(
         return only if dtype is not torch.bool and (dtype.is_floating_point or whole) else None
     if name == "neg":
         return ex.scale(next(iter(known.values())), -1)
-    if name in ("minimum", "maximum", "clamp", "clamp_min"):
-        return None
     if len(node.args) < 2:
         return None
     left, right = operand(node.args[0]), operand(node.args[1])

@@ -16,8 +16,7 @@ from ..token_axes import BATCH, TOKEN, Axis, Kind, Refused, Value
 
 Rule = Callable[[fx.Node, Classified], Value]
 
-
-# A half-precision float cannot tell 257 from 256.
+# Types that hold positions exactly: a half-precision float cannot tell 257 from 256.
 HOLDS_POSITIONS = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 

@@ -112,6 +112,13 @@ def test_the_context_ends_where_the_table_does():
         short.prefill(torch.zeros(1, 10, dtype=torch.int64))
 
 
+def test_a_torch_without_guards_is_told_of(monkeypatch):
+    monkeypatch.setattr("memcompile.compiler.pipeline.keeps_guards", lambda program: False)
+    assert "branches on sizes were not looked for" in str(build(Decoder(0), "dense").report)
+    monkeypatch.undo()
+    assert not any("guards" in note for note in build(Decoder(0), "dense").report.notes)
+
+
 @pytest.mark.parametrize(("level", "shown"), [(1, "self-check"), (2, "after fold_attention")])
 def test_debug_levels(level, shown, monkeypatch, capsys):
     monkeypatch.setenv("MEMCOMPILE_DEBUG", str(level))
