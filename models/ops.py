@@ -28,6 +28,9 @@ attend(query, key_pages, value_pages, bias, page_table, pages, exclude, ..., win
     (g*s + c)*span .. (g*s + c + 1)*span - 1 and is visible at token p when its last token t has
     t <= p (and p - t < window, window > 0). bias [P,s] is added to the logits after softcap. Rows
     that see nothing, padding included: out 0, lse -inf.
+attend.page_lse(the same) -> (out, lse, page_lse): also the log-sum-exp [B,H,n,S] of each listed page
+    read alone (without a list, or with exclude: [B,H,n,pages], every page of the table), -inf where
+    the row sees none of it. exp(page_lse - lse) is the attention mass that a page received.
 combine(outs, lses) -> (out, lse): merges reads of disjoint keys exactly, by log-sum-exp.
 """
 
@@ -88,11 +91,26 @@ def _attend(
     return out, query.new_empty(query.shape[:3], dtype=dtype)
 
 
+def _attend_page_lse(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    bias: Tensor | None,
+    page_table: Tensor,
+    pages: Tensor | None,
+    exclude: bool,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = _attend(query, key_pages, value_pages)
+    count = page_table.shape[2] if pages is None or exclude else pages.shape[3]
+    return out, lse, lse.new_empty((*lse.shape, count))
+
+
 def _combine(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
-# name: (schema, reference, fake kernel)
+# name, with its overload: (schema, reference, fake kernel)
 OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, "
@@ -119,6 +137,13 @@ OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         "float softcap, int window, int span) -> (Tensor out, Tensor lse)",
         paged.attend,
         _attend,
+    ),
+    "attend.page_lse": (
+        "(Tensor query, Tensor key_pages, Tensor value_pages, Tensor? bias, Tensor page_table, "
+        "Tensor? pages, bool exclude, Tensor position, Tensor lengths, float scale, "
+        "float softcap, int window, int span) -> (Tensor out, Tensor lse, Tensor page_lse)",
+        paged.attend_page_lse,
+        _attend_page_lse,
     ),
     "combine": (
         "(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",

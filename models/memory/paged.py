@@ -170,6 +170,36 @@ def attend(
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 
+def attend_page_lse(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    bias: Tensor | None,
+    page_table: Tensor,
+    pages: Tensor | None,
+    exclude: bool,
+    position: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float,
+    window: int,
+    span: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend`, and the log-sum-exp of a read of each page alone."""
+    read = (query, key_pages, value_pages, bias, page_table)
+    at = (position, lengths, scale, softcap, window, span)
+    out, lse = attend(*read, pages, exclude, *at)
+    if pages is None or exclude:
+        every = torch.arange(page_table.shape[2], dtype=torch.int32, device=query.device)
+        each = every.expand(*page_table.shape[:2], query.shape[2], -1)
+        if pages is not None:
+            each = each.masked_fill(listed(pages, 0, page_table.shape[2]), -1)
+    else:
+        each = pages
+    alone = [attend(*read, page, False, *at)[1] for page in each.split(1, dim=3)]
+    return out, lse, torch.stack(alone, 3) if alone else lse.new_empty((*lse.shape, 0))
+
+
 def read_table(
     rows: Tensor,
     key_pages: Tensor,

@@ -102,6 +102,37 @@ def test_tiers_split_anywhere_merge_to_the_whole(case: Case, width: int) -> None
 
 
 @few
+@given(cases(), st.sampled_from(("all", "listed", "unlisted")), st.sampled_from((0, 6)))
+def test_each_pages_part_of_the_log_sum_exp(case: Case, kind: str, window: int) -> None:
+    laid = Laid(case)
+    pages = None if kind == "all" else page_lists(laid, 3)
+    read = (laid.query, laid.key_pages, laid.value_pages, None, laid.table, pages)
+    rest = (kind == "unlisted", laid.position, laid.lengths, 0.4, 0.0, window, 1)
+    out, lse, page_lse = ops.attend.page_lse(*read, *rest)
+    assert_read(laid, (out, lse), pages=pages, exclude=kind == "unlisted", window=window)
+    count = case.columns if pages is None or kind == "unlisted" else pages.shape[3]
+    assert page_lse.shape == (*lse.shape, count)
+    for column in range(count):
+        if kind == "listed":
+            one = pages[..., column : column + 1]
+        else:
+            one = torch.full((case.batch, case.kv_heads, case.rows, 1), column, dtype=torch.int32)
+            if pages is not None:
+                one = torch.where((pages == column).any(-1, keepdim=True), -1, one)
+        exact = attend_by_hand(laid, torch.float64, pages=one, window=window)[1]
+        plain = attend_by_hand(laid, case.dtype, pages=one, window=window)[1]
+        got = page_lse[..., column]
+        assert_close_to_float64(got, plain, exact, reduction=case.key_dim, logarithm=True)
+    options = {"pages": pages, "exclude": kind == "unlisted", "window": window}
+    whole, plain = (
+        attend_by_hand(laid, dtype, **options)[1]  # type: ignore[arg-type]
+        for dtype in (torch.float64, case.dtype)
+    )
+    merged = page_lse.logsumexp(3) if count else lse
+    assert_close_to_float64(merged, plain, whole, reduction=case.key_dim, logarithm=True)
+
+
+@few
 @given(cases(), st.integers(0, 2**31))
 def test_where_a_page_lies_in_the_pool_changes_nothing(case: Case, seed: int) -> None:
     laid = Laid(case)

@@ -15,14 +15,19 @@ from memcompile.models import ops as registry
 ops = torch.ops.memcompile
 
 # The templates of the design, and no others: un-normalised state is not built yet.
-FAMILIES = {"append_index", "score_select", "attend", "combine"}
+FAMILIES = {"append_index", "score_select", "attend", "attend.page_lse", "combine"}
 NORMAL_FORM = {"attention"}
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    packet, _, kind = name.partition(".")
+    return getattr(getattr(ops, packet), kind or "default")
 
 
 def test_there_are_these_operations_and_no_others() -> None:
     assert set(registry.OPS) == FAMILIES | NORMAL_FORM
     for name in registry.OPS:
-        schema = getattr(ops, name).default._schema
+        schema = overload(name)._schema
         writes = {
             arg.name for arg in schema.arguments if arg.alias_info and arg.alias_info.is_write
         }
@@ -40,7 +45,7 @@ def arguments(name: str, dtype: torch.dtype, rows: int, group: int) -> tuple[obj
     mean = torch.randn(len(laid.key_pages), 7, dtype=dtype)
     out, lse = torch.randn(2, 6, rows, 5), torch.randn(2, 6, rows)
     pools = laid.key_pages.nan_to_num(0), laid.value_pages.nan_to_num(0)
-    return {
+    given = {
         "attention": (query, key, value, None, True, 0.4, 0.0),
         "append_index": (key, value, laid.table, *at, *pools, [mean], ["mean"]),
         "score_select": (*(query, [mean], ["mean"], laid.table, *at, "mean", 4, 1, 0, 3, 2, 0),),
@@ -48,7 +53,9 @@ def arguments(name: str, dtype: torch.dtype, rows: int, group: int) -> tuple[obj
             *(query, *pools, None, laid.table, page_lists(laid, 2), False, *at, 0.4, 0.0, 0, 1),
         ),
         "combine": ([out, out], [lse, lse]),
-    }[name]
+    }
+    given["attend.page_lse"] = given["attend"]
+    return given[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -58,11 +65,9 @@ def test_fakes_promise_the_real_shapes_strides_and_types(
     name: str, rows: int, group: int, dtype: torch.dtype
 ) -> None:
     inputs = arguments(name, dtype, rows, group)
-    real = getattr(ops, name)(*inputs)
+    real = overload(name)(*inputs)
     with torch._subclasses.FakeTensorMode() as mode:
-        fake = getattr(ops, name)(
-            *torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
-        )
+        fake = overload(name)(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, inputs))
     for one, two in zip(*map(torch.utils._pytree.tree_leaves, (real, fake)), strict=True):
         if one is not None:
             assert (one.shape, one.stride(), one.dtype) == (two.shape, two.stride(), two.dtype)
@@ -71,7 +76,7 @@ def test_fakes_promise_the_real_shapes_strides_and_types(
 @pytest.mark.parametrize("name", registry.OPS)
 def test_operations_pass_torchs_own_checks(name: str) -> None:
     torch.library.opcheck(
-        getattr(ops, name).default,
+        overload(name),
         arguments(name, torch.float32, 5, 3),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )

@@ -1,0 +1,101 @@
+// What a generated kernel and the runtime know of each other. No torch header is read here, so that
+// a kernel compiles in about a second.
+//
+// A kernel is a list of phases. The runtime checks the tensors, allocates results and scratch, and
+// runs each phase's items over all threads, one phase after the other.
+#pragma once
+
+#include <cstdint>
+
+namespace memcompile {
+
+// A tensor [B, heads, n, D] whose last axis is contiguous; strides in elements.
+struct Rows {
+  void* data;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t row_stride;
+};
+
+// An int32 tensor [B, Hkv, pages], or [B, Hkv, n, S] where row_stride is not 0; last axis contiguous.
+struct PageIds {
+  const int32_t* data;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t row_stride;
+  int64_t count;  // extent of the last axis
+};
+
+// What every operation on a paged memory is given.
+struct Memory {
+  int64_t batch;
+  int64_t kv_heads;
+  int64_t rows;             // n
+  int64_t pool_pages;       // P: physical pages of every pool
+  PageIds page_table;       // [B, Hkv, pages], -1 where no page is assigned
+  const int32_t* position;  // [B]
+  const int32_t* lengths;   // [B]
+  void* scratch;            // scratch_bytes(args, threads), aligned to 64; phases share it
+  int64_t threads;
+};
+
+struct AppendIndexArgs {
+  Memory memory;
+  Rows key;            // [B, Hkv, n, Dk]
+  Rows value;          // [B, Hkv, n, Dv]; absent when shared_kv
+  void* key_pages;     // [P, page_size, Dk], contiguous
+  void* value_pages;   // [P, page_size, Dv], contiguous; absent when shared_kv
+  void* const* index;  // one [P, width] a field, contiguous, in the order of the spec's fields
+};
+
+struct ScoreSelectArgs {
+  Memory memory;
+  Rows query;                // [B, H, n, Dk]
+  const void* const* index;  // one [P, width] a field, contiguous, in the order of the score's fields
+  int64_t sink_pages;
+  int64_t window_pages;
+  int64_t capacity;
+  int64_t budget_pages;
+  int64_t dense_below;
+  int32_t* pages;  // out [B, Hkv, n, capacity], contiguous
+};
+
+struct AttendArgs {
+  Memory memory;
+  Rows query;               // [B, H, n, Dk]
+  const void* key_pages;    // [P, page_size, Dk], contiguous
+  const void* value_pages;  // [P, page_size, Dv], contiguous; absent when shared_kv
+  const float* bias;        // [P, page_size], contiguous; absent without bias
+  PageIds pages;            // [B, Hkv, n, S]; absent when all pages are read
+  float scale;
+  float softcap;
+  int64_t window;
+  float* out;       // [B, H, n, Dv], contiguous
+  float* lse;       // [B, H, n], contiguous
+  float* page_lse;  // [B, H, n, S], or [B, H, n, pages] without a list; absent unless asked for
+};
+
+struct CombineArgs {
+  int64_t rows;              // B * H * n
+  const float* const* outs;  // count of [rows, Dv], contiguous
+  const float* const* lses;  // count of [rows], contiguous
+  float* out;
+  float* lse;
+  int64_t threads;
+};
+
+// One ISA's code of one kernel.
+struct Phase {
+  int64_t (*items)(const void* args);
+  void (*run)(const void* args, int64_t begin, int64_t end);  // items begin .. end - 1
+};
+
+struct Kernel {
+  const char* name;  // KernelSpec.name
+  const char* isa;   // avx512_bf16, avx512, avx2 or portable
+  int64_t (*scratch_bytes)(const void* args);
+  int64_t phases;
+  const Phase* phase;
+};
+
+}  // namespace memcompile
