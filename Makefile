@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-long test-triton36 lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -39,8 +39,22 @@ lint: $(INSTALLED)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
+# What the gate leaves out: hundreds of specs compiled for GPUs, every instruction set, and more.
+test-long: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --long -m long
+
+# The oldest triton that templates must compile under, in an environment of its own.
+test-triton36: $(INSTALLED)
+	@$(PYTHON) -m venv .venv-triton36
+	@.venv-triton36/bin/python -m pip install -qq $(PIP_FLAGS) -c constraints.txt torch
+	@.venv-triton36/bin/python -m pip install -qq $(PIP_FLAGS) --no-deps triton==3.6.0
+	@.venv-triton36/bin/python -m pip install -qq $(PIP_FLAGS) -c constraints.txt \
+		numpy pytest pytest-timeout hypothesis jinja2 networkx
+	@mkdir -p .venv-triton36/src && ln -sfn ../.. .venv-triton36/src/memcompile
+	PYTHONPATH=.venv-triton36/src .venv-triton36/bin/python -m pytest -q tests/codegen/triton
+
 bench: $(INSTALLED)
 	@$(BIN)/python -m memcompile.benchmarks
 
 clean:
-	rm -rf .venv build dist out memcompile.egg-info
+	rm -rf .venv .venv-triton36 build dist out memcompile.egg-info

@@ -202,33 +202,57 @@ class KernelSpec:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
 
+def bind(op: str, args: Sequence[Any]) -> dict[str, Any]:
+    """Names for the arguments of one call of a memory operation, index fields one by one.
+
+    Args:
+        op: name of the operation in `models.ops`, with its overload ("attend.page_lse").
+        args: the call's arguments: tensors, graph nodes, or anything that stands for them.
+    """
+    known("memory operation", op, _SIGNATURES)
+    if op == "combine":
+        outs, lses = args
+        pairs = {f"out{i}": out for i, out in enumerate(outs)}
+        return pairs | {f"lse{i}": lse for i, lse in enumerate(lses)}
+    given = dict(zip(_SIGNATURES[op].split(), args, strict=True))
+    for field, record in zip(given.get("fields", ()), given.pop("index", ()), strict=True):
+        given[f"index_{field}"] = record
+    return given
+
+
+_ATTEND = (
+    "query key_pages value_pages bias page_table pages exclude position lengths "
+    "scale softcap window span"
+)
+_SIGNATURES = {
+    "append_index": "key value page_table position lengths key_pages value_pages index fields",
+    "score_select": (
+        "query index fields page_table position lengths score page_size sink_pages window_pages "
+        "capacity budget_pages dense_below"
+    ),
+    "attend": _ATTEND,
+    "attend.page_lse": _ATTEND,
+    "combine": "outs lses",
+}
+
+
 def specialise(op: str, args: Sequence[Any]) -> tuple[KernelSpec, tuple[Any, ...]]:
     """The spec of one call of a memory operation, and the arguments its kernel takes.
 
     Args:
-        op: name of the operation in `models.ops`, "attend.page_lse" for that overload.
-        args: the call's arguments, tensors (fake ones do: only shape, dtype and aliasing are read)
-            or anything else in the place of those that a spec does not depend on.
+        op: name of the operation in `models.ops`, with its overload ("attend.page_lse").
+        args: the call's arguments; of tensors (fake ones do) only shape, dtype and aliasing count.
 
     Raises:
         NotCovered: no template covers the call.
     """
+    given = bind(op, args)
     if op == "append_index":
-        names = ("key", "value", "page_table", "position", "lengths", "key_pages", "value_pages")
-        given = dict(zip((*names, "index", "fields"), args, strict=True))
-        given |= {f"index_{f}": t for f, t in zip(given["fields"], given["index"], strict=True)}
         keys, values = given["key_pages"], given["value_pages"]
-        spec = KernelSpec(
-            op,
-            **_cache(keys, values),
-            fields=tuple(given["fields"]),
-        )
-        _same_dtype(spec, keys, given["key"], given["value"], *_records(given))
+        spec = KernelSpec(op, **_cache(keys, values), fields=tuple(given["fields"]))
+        records = [given[f"index_{field}"] for field in spec.fields if field != "log_count"]
+        _same_dtype(spec, keys, given["key"], given["value"], *records)
     elif op == "score_select":
-        names = ("query", "index", "fields", "page_table", "position", "lengths", "score")
-        whole = ("page_size", "sink_pages", "window_pages", "capacity", "budget_pages")
-        given = dict(zip((*names, *whole, "dense_below"), args, strict=True))
-        given |= {f"index_{f}": t for f, t in zip(given["fields"], given["index"], strict=True)}
         query = given["query"]
         spec = KernelSpec(
             op,
@@ -239,11 +263,14 @@ def specialise(op: str, args: Sequence[Any]) -> tuple[KernelSpec, tuple[Any, ...
             score=given["score"],
         )
         _same_dtype(spec, query, *(given[f"index_{field}"] for field in spec.score_fields))
-    elif op in ("attend", "attend.page_lse"):
-        names = ("query", "key_pages", "value_pages", "bias", "page_table", "pages", "exclude")
-        rest = ("position", "lengths", "scale", "softcap", "window", "span")
-        given = dict(zip((*names, *rest), args, strict=True))
-        query, keys, values = (given[name] for name in names[:3])
+    elif op == "combine":
+        out = given["out0"]
+        count = len(given) // 2
+        spec = KernelSpec(op, dtype=_dtype(out), value_dim=int(out.shape[3]), count=count)
+        if spec.dtype != "float32":
+            raise NotCovered(f"combine: reads of {spec.dtype}; kernels merge float32")
+    else:
+        query, keys, values = (given[name] for name in ("query", "key_pages", "value_pages"))
         listed = "unlisted" if given["exclude"] else "listed"
         spec = KernelSpec(
             "attend",
@@ -259,17 +286,6 @@ def specialise(op: str, args: Sequence[Any]) -> tuple[KernelSpec, tuple[Any, ...
         _same_dtype(spec, keys, query, values)
         if spec.bias and given["bias"].dtype != torch.float32:
             raise NotCovered(f"attend: bias of {given['bias'].dtype}; kernels read float32")
-    elif op == "combine":
-        outs, lses = args
-        given = {f"out{i}": out for i, out in enumerate(outs)}
-        given |= {f"lse{i}": lse for i, lse in enumerate(lses)}
-        spec = KernelSpec(
-            op, dtype=_dtype(outs[0]), value_dim=int(outs[0].shape[3]), count=len(outs)
-        )
-        if spec.dtype != "float32":
-            raise NotCovered(f"combine: reads of {spec.dtype}; kernels merge float32")
-    else:
-        known("memory operation", op, (*OPS, "attend.page_lse"))
     return spec, tuple(given[name] for _, name in spec.arguments)
 
 
@@ -299,10 +315,6 @@ def _same_dtype(spec: KernelSpec, *tensors: torch.Tensor) -> None:
             raise NotCovered(
                 f"{spec.op}: {tensor.dtype} beside {spec.torch_dtype}; kernels read one type"
             )
-
-
-def _records(given: dict[str, Any]) -> list[torch.Tensor]:
-    return [given[f"index_{field}"] for field in given["fields"] if field != "log_count"]
 
 
 def _group(query: torch.Tensor, page_table: torch.Tensor) -> int:

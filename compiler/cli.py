@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import __version__
+from .settings import KERNELS
 
 if TYPE_CHECKING:
     from ..runtime.engine import Engine
@@ -84,6 +85,14 @@ def _loading(command: Any) -> Any:
     return command
 
 
+_kernels = click.option(
+    "--kernels",
+    type=click.Choice(KERNELS),
+    help="auto: generate kernels, and say so where that fails; required: fail then; off: run "
+    "reference operations. [default: $MEMCOMPILE_KERNELS, or auto]",
+)
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def commands() -> None:
@@ -115,6 +124,7 @@ def commands() -> None:
 @click.option("--dry-run", is_flag=True, help="Build and check, report, write nothing.")
 @click.option("--no-strict", is_flag=True, help="Go on although nothing could be rewritten.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@_kernels
 @_loading
 def build(
     model: Path,
@@ -126,6 +136,7 @@ def build(
     dry_run: bool,
     no_strict: bool,
     quiet: bool,
+    kernels: str | None,
     arch: str | None,
     arch_config: Path | None,
     trust_pickle: bool,
@@ -143,7 +154,9 @@ def build(
 
     loaded, seconds = _load(model, arch, arch_config, trust_pickle)
     name = _absolute(model).name
-    compiled = build_model(loaded.model, policy, strict=not no_strict, name=name, **options)
+    compiled = build_model(
+        loaded.model, policy, strict=not no_strict, kernels=kernels, name=name, **options
+    )
     report = compiled.report
     report.timings = {"load": seconds, **report.timings}
     written = not dry_run and compiled.program is not None
@@ -181,7 +194,12 @@ def inspect(
     refused = False
     for name, preset in PRESETS.items():
         compiled = build_captured(
-            captured, preset(), max_context=max_context, strict=False, check=False
+            captured,
+            preset(),
+            max_context=max_context,
+            strict=False,
+            check=False,
+            kernels="off",  # nothing is run
         )
         reports[name] = compiled.report
         refused |= compiled.program is None
@@ -280,6 +298,7 @@ def parse_value(name: str, text: str, kind: Any) -> Any:
     show_default=True,
     help="Read the new tokens through the policy, or every page.",
 )
+@_kernels
 def run(
     folder: Path,
     prompt: str | None,
@@ -287,6 +306,7 @@ def run(
     ids: bool,
     max_new_tokens: int,
     read: str,
+    kernels: str | None,
 ) -> None:
     """Generate from a folder that `memcompile MODEL` wrote.
 
@@ -302,7 +322,7 @@ def run(
 
     from .package import open_engine
 
-    engine = open_engine(folder)
+    engine = open_engine(folder, kernels=kernels)
     tokenizer = None if ids else _tokenizer(folder)
     tokens = parse_ids(text) if tokenizer is None else tokenizer.encode(text).ids
     if not tokens:

@@ -98,10 +98,13 @@ def check_target(out: Path, force: bool) -> None:
         )
 
 
-def open_engine(path: str | Path) -> Engine:
+def open_engine(path: str | Path, kernels: str | None = None) -> Engine:
     """The engine kept in the folder `path`, empty, as if it had just been compiled.
 
     Nothing in the folder is executed: the program goes through the same checks as any archive.
+
+    Args:
+        kernels: as for `build`.
 
     Raises:
         FileNotFoundError: there is no such folder, or a file of it is missing.
@@ -125,6 +128,7 @@ def open_engine(path: str | Path) -> Engine:
         max_context=manifest["max_context"],
         strict=True,
         check=False,  # checked when it was compiled; the files are the same to the bit
+        kernels=kernels,
     )
     if [site.to_json() for site in compiled.sites] != manifest["sites"]:
         raise ValueError(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,11 @@ from ..passes.verify import verify
 from ..runtime.engine import Engine, Program
 from ..runtime.memory_state import SiteLayout
 from .capture import Captured, capture
-from .report import Report
+from .lower import lower
+from .report import Report, stage
 from .self_check import self_check
+from .settings import debug
+from .settings import kernels as kernels_setting
 
 # Graph to graph, in order; each leaves a graph that `verify` accepts.
 NORMALISE: tuple[Callable[[fx.GraphModule], PassResult], ...] = (
@@ -81,6 +83,7 @@ def build(
     max_context: int | None = None,
     strict: bool = True,
     check: bool = True,
+    kernels: str | None = None,
     name: str | None = None,
     **options: Any,
 ) -> Compiled:
@@ -93,9 +96,13 @@ def build(
             length-dependent rotary tables. None: grows.
         strict: raise when no site, or not every site, could be rewritten.
         check: run the self-check.
+        kernels: "auto" generates kernels and lowers the step through Inductor, and says so where it
+            cannot; "required" raises then; "off" runs the references. None: MEMCOMPILE_KERNELS,
+            or "auto".
         name: what reports and errors call the model; its path's last part or its class if None.
     """
     chosen = preset(policy, **options)
+    kernels = kernels_setting(kernels)
     if max_context is not None and (type(max_context) is not int or max_context < 1):
         raise ValueError(f"max_context is {max_context!r}; give a positive number of tokens")
     if isinstance(model, str | os.PathLike):
@@ -115,7 +122,9 @@ def build(
     seconds = time.perf_counter() - started
     if name is not None:
         captured.name = name
-    compiled = build_captured(captured, chosen, max_context=max_context, strict=strict, check=check)
+    compiled = build_captured(
+        captured, chosen, max_context=max_context, strict=strict, check=check, kernels=kernels
+    )
     compiled.report.timings = {"capture": seconds, **compiled.report.timings}
     return compiled
 
@@ -127,8 +136,9 @@ def build_captured(
     max_context: int | None = None,
     strict: bool = True,
     check: bool = True,
+    kernels: str | None = None,
 ) -> Compiled:
-    """Normalise, find, plan, remember: from a captured program to a checked engine.
+    """Normalise, find, plan, remember, lower: from a captured program to a checked engine.
 
     Raises:
         NotRewritten: with `strict`, when there is no attention, a site's mask is not understood, or
@@ -137,9 +147,9 @@ def build_captured(
     name = captured.name
     report = _report(name, chosen, max_context)
     timings = report.timings
-    with _stage(timings, "normalise"):
+    with stage(timings, "normalise"):
         module, declined = normalise(captured.program)
-    with _stage(timings, "find"):
+    with stage(timings, "find"):
         classified = classify_tokens(module)
         sites, unread = find_sites(module, classified)
         # Sites that one value stops carry the same decline.
@@ -154,11 +164,11 @@ def build_captured(
     step: StepGraph | None = None
     memories: dict[str, Memory] = {}
     if sites and not blocking:
-        with _stage(timings, "plan"):
+        with stage(timings, "plan"):
             memories = {s.name: chosen.memory(s.layer, s.rule.window) for s in sites}
             for memory in memories.values():
                 memory.check_lowered()
-        with _stage(timings, "remember"):
+        with stage(timings, "remember"):
             step = remember(module, classified, sites, memories)
         debug(2, lambda: step.policy.print_readable(print_output=False) if step else "")
     report.memories = memories
@@ -176,9 +186,16 @@ def build_captured(
         )
         for s in sites
     )
+    steps, report.lowered = lower(
+        {"dense": step.dense, "policy": step.policy},
+        layouts,
+        _device(module),
+        kernels_setting(kernels),
+        timings,
+    )
     program = Program(
-        step.dense,
-        step.policy,
+        steps["dense"],
+        steps["policy"],
         layouts,
         report.ragged,
         limit,
@@ -188,7 +205,7 @@ def build_captured(
         _device(module),
     )
     if check:
-        with _stage(timings, "self-check"):
+        with stage(timings, "self-check"):
             forward = captured.forward or _graph_forward(captured.program)
             report.self_check = self_check(program, forward, captured.takes_position_ids)
     compiled = Compiled(captured, chosen, sites, memories, declined, report, program)
@@ -215,17 +232,6 @@ def normalise(program: ExportedProgram) -> tuple[fx.GraphModule, list[Declined]]
         verify(module, run.__name__)
         debug(2, lambda r=run, m=module: f"# after {r.__name__}\n{m.code}")  # type: ignore[misc]
     return module, declined
-
-
-def debug(level: int, text: Callable[[], str]) -> None:
-    """Print `text` to stderr when MEMCOMPILE_DEBUG is at least `level`: 1 report, 2 graphs."""
-    import sys
-
-    given = os.environ.get("MEMCOMPILE_DEBUG") or "0"
-    if not given.isdecimal():
-        raise ValueError(f"MEMCOMPILE_DEBUG is {given!r}; give 0, 1 or 2")
-    if int(given) >= level:
-        print(text(), file=sys.stderr)
 
 
 def _stops(captured: Captured, module: fx.GraphModule, classified: Classified) -> list[Declined]:
@@ -297,10 +303,3 @@ def _graph_forward(program: ExportedProgram) -> Callable[..., Tensor]:
 def _device(module: fx.GraphModule) -> torch.device:
     device: torch.device = next(iter(module.graph.nodes)).meta["val"].device
     return device
-
-
-@contextmanager
-def _stage(timings: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    timings[name] = timings.get(name, 0.0) + time.perf_counter() - started

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +20,35 @@ if TYPE_CHECKING:
 
 VERSION = 1
 CONTEXTS = (8 * 1024, 128 * 1024)
+
+
+@dataclass
+class Lowered:
+    """How the step graphs of a model run.
+
+    Attributes:
+        kernels: one entry a generated kernel: name, source file, calls by graph.
+        references: why memory operations run on their references, a reason each.
+        inductor: by graph, "lowered", or why it runs operation by operation.
+    """
+
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)
+    inductor: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For people: what was generated, and what was not and why."""
+        lines = []
+        if self.kernels:
+            calls = sum(sum(kernel["calls"].values()) for kernel in self.kernels)
+            lines.append(f"kernels: {len(self.kernels)} generated, called {calls} times a step")
+            lines += [f"  - {kernel['name']}: {kernel['source']}" for kernel in self.kernels]
+        lines += [f"memory on reference operations: {reason}" for reason in self.references]
+        eager = {reason for reason in self.inductor.values() if reason != "lowered"}
+        return lines + [f"step graph runs operation by operation: {r}" for r in sorted(eager)]
 
 
 @dataclass
@@ -35,6 +67,7 @@ class Report:
         self_check: figures of the check of the step against the model's own forward; empty when it
             was not run.
         notes: what a reader of the figures has to know.
+        lowered: how the step graphs run.
     """
 
     model: str
@@ -48,6 +81,7 @@ class Report:
     timings: dict[str, float] = field(default_factory=dict)
     self_check: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    lowered: Lowered = field(default_factory=Lowered)
 
     def step_bytes(self, site: Site, context: int) -> int:
         """Bytes that the last of `context` tokens reads at `site`, its own key included."""
@@ -83,6 +117,7 @@ class Report:
             "timings": dict(self.timings),
             "self_check": dict(self.self_check),
             "notes": list(self.notes),
+            "lowered": self.lowered.to_json(),
         }
 
     @classmethod
@@ -111,6 +146,7 @@ class Report:
         }
         values["sites"] = [_site(entry) for entry in data["sites"]]
         values["declined"] = [Declined(**entry) for entry in data["declined"]]
+        values["lowered"] = Lowered(**data["lowered"])
         return cls(**values)
 
     def table(self) -> Table:
@@ -163,6 +199,7 @@ class Report:
             figures = ((k.replace("_", " "), v) for k, v in self.self_check.items())
             shown = (f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures)
             lines.append("self-check: " + ", ".join(shown))
+        lines += self.lowered.lines()
         if self.timings:
             lines.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.timings.items()))
         return lines + [f"note: {note}" for note in self.notes]
@@ -216,6 +253,14 @@ def comparison(reports: dict[str, Report]) -> Group:
         lines += [f"  - {declined}" for declined in first.declined]
     text = Text("\n".join(lines))
     return Group(table, text) if first.sites else Group(text)
+
+
+@contextmanager
+def stage(timings: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds that the block takes to `timings[name]`."""
+    started = time.perf_counter()
+    yield
+    timings[name] = timings.get(name, 0.0) + time.perf_counter() - started
 
 
 def describe(memory: Memory) -> str:

@@ -130,7 +130,7 @@ def _reads_all(program: Program, tokens: int) -> bool:
 
 
 def _stepped(program: Program, tokens: Tensor, split: Sequence[int], read: str) -> Tensor:
-    engine, parts = Engine(program), []
+    engine, parts = Engine(program, always_select=True), []
     for piece in tokens.split(list(split), dim=1):
         dense = read == "dense"
         parts.append(engine.prefill(piece, all_logits=True) if dense else engine(piece))

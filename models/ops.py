@@ -28,9 +28,9 @@ attend(query, key_pages, value_pages, bias, page_table, pages, exclude, ..., win
     (g*s + c)*span .. (g*s + c + 1)*span - 1 and is visible at token p when its last token t has
     t <= p (and p - t < window, window > 0). bias [P,s] is added to the logits after softcap. Rows
     that see nothing, padding included: out 0, lse -inf.
-attend.page_lse(the same) -> (out, lse, page_lse): also the log-sum-exp [B,H,n,S] of each listed page
-    read alone (without a list, or with exclude: [B,H,n,pages], every page of the table), -inf where
-    the row sees none of it. exp(page_lse - lse) is the attention mass that a page received.
+attend.page_lse(the same) -> (out, lse, page_lse): also the log-sum-exp [B,H,n,S] of each listed
+    page read alone (without a list, or with exclude: [B,H,n,pages], every page of the table), -inf
+    where the row sees none of it. exp(page_lse - lse) is the attention mass that a page received.
 combine(outs, lses) -> (out, lse): merges reads of disjoint keys exactly, by log-sum-exp.
 """
 
@@ -156,3 +156,16 @@ for _name, (_schema, _reference, _fake) in OPS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+
+
+def operator(name: str) -> torch._ops.OpOverload:
+    """The operator of an entry of OPS."""
+    packet, _, overload = name.partition(".")
+    found: torch._ops.OpOverload = getattr(
+        getattr(torch.ops.memcompile, packet), overload or "default"
+    )
+    return found
+
+
+# What kernels are generated for: the operations on a memory.
+FAMILIES = {operator(name): name for name in OPS if name != "attention"}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..models.memory.traffic import bytes_read
 from .memory_state import MemoryState, SiteLayout
@@ -15,13 +16,16 @@ from .memory_state import MemoryState, SiteLayout
 # Tokens a dense prefill runs at a time: bounds the logits block without changing any result.
 PREFILL_TOKENS = 512
 
+# tokens, position, lengths, state... -> logits, and page counts where something is selected.
+Step = Callable[..., tuple[Tensor, ...]]
+
 
 @dataclass(frozen=True)
 class Program:
     """What an engine runs; shared by all engines of one compiled model.
 
     Attributes:
-        dense, policy: step graphs (see `passes.remember.StepGraph`).
+        dense, policy: step graphs (see `passes.remember.StepGraph`), or what they were lowered to.
         layouts: the sites' shapes and memories, in graph order.
         ragged: whether rows may stand at different positions.
         limit: largest context the model has positions for, or None.
@@ -31,8 +35,8 @@ class Program:
         device: where the weights are.
     """
 
-    dense: fx.GraphModule
-    policy: fx.GraphModule
+    dense: Step
+    policy: Step
     layouts: tuple[SiteLayout, ...]
     ragged: bool
     limit: int | None
@@ -40,6 +44,12 @@ class Program:
     max_context: int | None
     vocabulary: int
     device: torch.device
+
+    @cached_property
+    def dense_below(self) -> int:
+        """Contexts up to this many tokens are read in full under every site's policy."""
+        selecting = [layout.memory for layout in self.layouts if layout.memory.selects]
+        return min((memory.reads_all_below for memory in selecting), default=0)
 
 
 @dataclass
@@ -75,10 +85,14 @@ class Engine:
     ``prefill`` reads dense, calling the engine reads through the policy; both append their tokens
     and may be called in any order and split. An engine starts empty; its first call fixes the
     batch size until `reset`.
+
+    Args:
+        always_select: run the policy's graph even where it has nothing to skip.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, always_select: bool = False) -> None:
         self._program = program
+        self._always_select = always_select
         self._state: MemoryState | None = None
         # Counts stay tensors until asked for, so that a step never waits for them.
         self._log: list[tuple[str, list[int], list[int], Tensor | None]] = []
@@ -177,7 +191,7 @@ class Engine:
 
     def fork(self) -> Engine:
         """An engine that remembers the same and goes its own way; weights are shared."""
-        other = Engine(self._program)
+        other = Engine(self._program, always_select=self._always_select)
         other._state = self._state.fork() if self._state is not None else None
         return other
 
@@ -260,8 +274,14 @@ class Engine:
         state.reserve(lengths)
         position = torch.tensor(start, dtype=torch.int32, device=program.device)
         counts = torch.tensor(lengths, dtype=torch.int32, device=program.device)
-        graph = program.dense if read == "dense" else program.policy
-        logits, *selected = graph(tokens.to(program.device), position, counts, *state.tensors())
+        dense = read == "dense"
+        if not dense and not self._always_select:
+            # Where no row has a page to skip, the dense graph reads the same without selecting.
+            end = max(first + length for first, length in zip(start, lengths, strict=True))
+            dense = end <= program.dense_below
+        graph = program.dense if dense else program.policy
+        new = tokens.to(program.device).contiguous()
+        logits, *selected = graph(new, position, counts, *state.tensors())
         state.advance(lengths)
         self._log.append((read, start, lengths, selected[0] if selected else None))
         if len(self._log) >= 256:

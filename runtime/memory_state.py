@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..models.memory.parts import field_width
 from ..models.memory.spec import Memory
+from . import huge_pages
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,21 @@ class SiteLayout:
     dtype: torch.dtype
     memory: Memory
     window: int = 0
+
+    @property
+    def table_key(self) -> tuple[int, int, int]:
+        """Sites with the same KV heads, page size and window share one page table."""
+        return (self.kv_heads, self.memory.page_size, self.window)
+
+    def pools(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape of a page in, and element type of, each pool: keys, values, index fields."""
+        dims = (self.key_dim, self.value_dim)
+        pools: list[tuple[tuple[int, ...], torch.dtype]]
+        pools = [((self.memory.page_size, dim), self.dtype) for dim in dims]
+        for field in self.memory.fields:
+            dtype = torch.float32 if field == "log_count" else self.dtype
+            pools.append(((field_width(field, *dims),), dtype))
+        return pools
 
 
 def poisoned() -> bool:
@@ -176,7 +192,7 @@ class MemoryState:
         self._tables: dict[tuple[int, int, int], PageTable] = {}
         self._pools: list[list[Tensor]] = []
         for layout in self.layouts:
-            key = self._key(layout)
+            key = layout.table_key
             if key not in self._tables:
                 self._tables[key] = PageTable(batch, *key, self.device)
             self._pools.append(self._new_pools(layout, 0))
@@ -211,7 +227,7 @@ class MemoryState:
             growth[key] = (columns, pages)
         # New pools are made before anything changes: running out of memory leaves the state whole.
         grown = [
-            self._grown_pools(layout, pools, growth[self._key(layout)][1])
+            self._grown_pools(layout, pools, growth[layout.table_key][1])
             for layout, pools in zip(self.layouts, self._pools, strict=True)
         ]
         self._pools = grown
@@ -273,7 +289,10 @@ class MemoryState:
         other = copy.copy(self)
         other._position = self._position.copy()
         other._tables = copy.deepcopy(self._tables)
-        other._pools = [[pool.clone() for pool in pools] for pools in self._pools]
+        other._pools = [
+            self._grown_pools(layout, pools, 0, copy=True)
+            for layout, pools in zip(self.layouts, self._pools, strict=True)
+        ]
         return other
 
     def tensors(self) -> list[Tensor]:
@@ -281,7 +300,7 @@ class MemoryState:
         return [
             tensor
             for layout, pools in zip(self.layouts, self._pools, strict=True)
-            for tensor in (self._tables[self._key(layout)].table, *pools)
+            for tensor in (self._tables[layout.table_key].table, *pools)
         ]
 
     def memory_bytes(self) -> int:
@@ -297,23 +316,24 @@ class MemoryState:
             )
         return given.astype(np.int64)
 
-    def _key(self, layout: SiteLayout) -> tuple[int, int, int]:
-        return (layout.kv_heads, layout.memory.page_size, layout.window)
-
     def _new_pools(self, layout: SiteLayout, pages: int) -> list[Tensor]:
         """Key and value pools and index records of `pages` pages."""
-        size, dims = layout.memory.page_size, (layout.key_dim, layout.value_dim)
-        shapes = [((pages, size, dim), layout.dtype) for dim in dims]
-        for field in layout.memory.fields:
-            wide = torch.float32 if field == "log_count" else layout.dtype
-            shapes.append(((pages, field_width(field, *dims)), wide))  # type: ignore[arg-type]
-        pools = [torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in shapes]
+        pools = [
+            huge_pages.zeros((pages, *shape), dtype, self.device) for shape, dtype in layout.pools()
+        ]
         return [pool.fill_(float("nan")) for pool in pools] if poisoned() else pools
 
-    def _grown_pools(self, layout: SiteLayout, pools: list[Tensor], pages: int) -> list[Tensor]:
-        if not pages:
+    def _grown_pools(
+        self, layout: SiteLayout, pools: list[Tensor], pages: int, *, copy: bool = False
+    ) -> list[Tensor]:
+        """The pools with room for `pages` more; the same ones if none are needed."""
+        if not pages and not copy:
             return pools
-        return [torch.cat(pair) for pair in zip(pools, self._new_pools(layout, pages), strict=True)]
+        held = len(pools[0])
+        grown = self._new_pools(layout, held + pages)
+        for new, old in zip(grown, pools, strict=True):
+            new[:held] = old
+        return grown
 
     def _preallocate(self, max_context: int) -> None:
         for (heads, size, window), table in self._tables.items():
@@ -321,8 +341,7 @@ class MemoryState:
             reach = min(max_context, window + 2 * size) if window else max_context
             table.add_pages(-(-reach // size) * heads * self.batch)
         self._pools = [
-            self._new_pools(layout, self._tables[self._key(layout)].pages)
-            for layout in self.layouts
+            self._new_pools(layout, self._tables[layout.table_key].pages) for layout in self.layouts
         ]
 
     def _truncate(self, end: np.ndarray) -> None:
@@ -334,6 +353,6 @@ class MemoryState:
         if not len(pages) or not poisoned():
             return
         for layout, pools in zip(self.layouts, self._pools, strict=True):
-            if self._key(layout) == key:
+            if layout.table_key == key:
                 for pool in pools:
                     pool[torch.tensor(pages, device=self.device).long()] = float("nan")

@@ -30,8 +30,12 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         {"models"},
         {"torch", "numpy", "safetensors", "transformers", "tokenizers"},
     ),
-    # They see what a user sees, and the networks, to have something to run.
-    "benchmarks": ({"", "benchmarks", "models/networks"}, {"torch", "numpy", "rich"}),
+    # Examples see what a user sees, and the networks, to have something to run; benchmarks also the
+    # parts whose time they take.
+    "benchmarks": (
+        {"", "benchmarks", "runtime", "codegen", "models", "models/networks"},
+        {"torch", "numpy", "rich", "click", "transformers", "triton"},
+    ),
     "examples": ({"", "models/networks"}, {"torch", "numpy", "rich"}),
 }
 # Slow to load or absent: only inside a function.

@@ -162,6 +162,11 @@ class Memory:
         return self.min_context or 0
 
     @property
+    def reads_all_below(self) -> int:
+        """Contexts of up to this many tokens are read in full, by budget or by min_context."""
+        return max(self.budget_pages * self.page_size, self.dense_below)
+
+    @property
     def capacity(self) -> int:
         """Width of the page list: the budget, or what `dense_below` tokens fill if that is more."""
         return max(self.budget_pages, -(-self.dense_below // self.page_size))

@@ -144,7 +144,7 @@ def test_an_exported_program_is_checked_against_itself_and_not_its_normal_form(m
 
 def test_a_debug_level_is_a_number(monkeypatch):
     monkeypatch.setenv("MEMCOMPILE_DEBUG", "loud")
-    with pytest.raises(ValueError, match="MEMCOMPILE_DEBUG is 'loud'; give 0, 1 or 2"):
+    with pytest.raises(ValueError, match="MEMCOMPILE_DEBUG is 'loud'; give 0, 1, 2 or 3"):
         build(Decoder(0), "dense")
 
 

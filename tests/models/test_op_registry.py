@@ -19,15 +19,11 @@ FAMILIES = {"append_index", "score_select", "attend", "attend.page_lse", "combin
 NORMAL_FORM = {"attention"}
 
 
-def overload(name: str) -> torch._ops.OpOverload:
-    packet, _, kind = name.partition(".")
-    return getattr(getattr(ops, packet), kind or "default")
-
-
 def test_there_are_these_operations_and_no_others() -> None:
     assert set(registry.OPS) == FAMILIES | NORMAL_FORM
+    assert set(registry.FAMILIES.values()) == FAMILIES
     for name in registry.OPS:
-        schema = overload(name)._schema
+        schema = registry.operator(name)._schema
         writes = {
             arg.name for arg in schema.arguments if arg.alias_info and arg.alias_info.is_write
         }
@@ -65,9 +61,11 @@ def test_fakes_promise_the_real_shapes_strides_and_types(
     name: str, rows: int, group: int, dtype: torch.dtype
 ) -> None:
     inputs = arguments(name, dtype, rows, group)
-    real = overload(name)(*inputs)
+    real = registry.operator(name)(*inputs)
     with torch._subclasses.FakeTensorMode() as mode:
-        fake = overload(name)(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, inputs))
+        fake = registry.operator(name)(
+            *torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
+        )
     for one, two in zip(*map(torch.utils._pytree.tree_leaves, (real, fake)), strict=True):
         if one is not None:
             assert (one.shape, one.stride(), one.dtype) == (two.shape, two.stride(), two.dtype)
@@ -76,7 +74,7 @@ def test_fakes_promise_the_real_shapes_strides_and_types(
 @pytest.mark.parametrize("name", registry.OPS)
 def test_operations_pass_torchs_own_checks(name: str) -> None:
     torch.library.opcheck(
-        overload(name),
+        registry.operator(name),
         arguments(name, torch.float32, 5, 3),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )

@@ -94,7 +94,7 @@ class Driven:
                 oldest = max(0, position - window + 1) if window else 0
                 assert not position or int(table.first[b]) * size <= oldest
         for site, pools in zip(state.layouts, state._pools, strict=True):
-            assert {len(pool) for pool in pools} == {state._tables[state._key(site)].pages}
+            assert {len(pool) for pool in pools} == {state._tables[site.table_key].pages}
 
 
 steps = st.lists(
