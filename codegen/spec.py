@@ -182,7 +182,7 @@ class KernelSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The fields that differ from their default, and the operation."""
-        given = {"op": self.op}
+        given: dict[str, Any] = {"op": self.op}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name != "op" and value != field.default:
@@ -199,7 +199,9 @@ class KernelSpec:
         names = [f.name for f in dataclasses.fields(cls)]
         for name in data:
             known("key of a kernel spec", name, names)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any]
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
 
 def bind(op: str, args: Sequence[Any]) -> dict[str, Any]:
@@ -290,7 +292,7 @@ def specialise(op: str, args: Sequence[Any]) -> tuple[KernelSpec, tuple[Any, ...
 
 
 def _cache(keys: torch.Tensor, values: torch.Tensor) -> dict[str, Any]:
-    shared = torch._C._is_alias_of(keys, values)
+    shared = bool(torch._C._is_alias_of(keys, values))  # type: ignore[attr-defined]
     if shared and (keys.storage_offset() != values.storage_offset()):
         raise NotCovered("values share the keys' memory, but do not start where keys do")
     return {

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from .. import codegen
 from ..codegen.spec import KernelSpec, NotCovered, bind, specialise
 from ..models.ops import FAMILIES
+from ..runtime import huge_pages
 from ..runtime.memory_state import SiteLayout
 from .report import Lowered, stage
 from .settings import debug
@@ -48,21 +49,30 @@ def lower(
         return {**graphs}, lowered
     names = {id(graph): name for name, graph in reversed(graphs.items())}
     traced: dict[str, Traced] = {}
+    steps: dict[str, Step] = {}
     with stage(timings, "kernels"):
         linear = load_linear(device, kernels)
     with stage(timings, "trace"):
         for name, graph in graphs.items():
             if names[id(graph)] == name:
-                traced[name] = trace(graph, layouts, device, linear)
+                made = try_trace(graph, layouts, device, linear, kernels)
+                if isinstance(made, Traced):
+                    traced[name] = made
+                else:
+                    steps[name], lowered.inductor[name] = graph, made
+                    lowered.references.append(f"the {name} step cannot be traced")
     with stage(timings, "kernels"):
         put_kernels(traced, device, kernels, lowered)
-    steps: dict[str, Step] = {}
+    if linear is not None:
+        streamed = [weight for step in traced.values() for weight in step.weights]
+        for weight in {weight.data_ptr(): weight for weight in streamed}.values():
+            huge_pages.collapse(weight)
     with stage(timings, "inductor"):
         for name, graph in graphs.items():
             first = names[id(graph)]
-            if first == name:
+            if name in traced:
                 steps[name], lowered.inductor[name] = compile_step(traced[name], kernels)
-            else:
+            elif first != name:
                 steps[name], lowered.inductor[name] = steps[first], lowered.inductor[first]
     return steps, lowered
 
@@ -82,6 +92,26 @@ class Traced:
     inputs: list[Tensor]
     weights: list[Tensor]
     mode: Any
+
+
+def try_trace(
+    step: fx.GraphModule,
+    layouts: Sequence[SiteLayout],
+    device: torch.device,
+    linear: Any,
+    kernels: str,
+) -> Traced | str:
+    """`trace`, or why it cannot be done, where kernels are not required."""
+    try:
+        return trace(step, layouts, device, linear)
+    except Exception as reason:  # the decompositions of any operation of any model run here
+        text = f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
+        if kernels == "required":
+            raise RuntimeError(
+                f"kernels='required', but the step cannot be traced: {text}"
+            ) from reason
+        warnings.warn(f"the step runs operation by operation, which is slow: {text}", stacklevel=2)
+        return text
 
 
 def trace(

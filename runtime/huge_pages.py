@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 1 << 21
+_MADV_COLLAPSE = 25  # Linux 6.1; Python has no name for it
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -30,3 +32,23 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return raw[start : start + size].view(dtype).view(shape)
+
+
+def collapse(tensor: Tensor) -> int:
+    """Asks the system to gather a CPU tensor's memory into huge pages, where it lies.
+
+    Contents and addresses stay. Memory that is mapped from a file, and systems that cannot do it,
+    keep their pages: only speed depends on it.
+
+    Returns:
+        bytes that lie in huge pages now, as far as this call knows.
+    """
+    if tensor.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return 0
+    begin = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    end = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE
+    if end <= begin:
+        return 0
+    libc = ctypes.CDLL(None)
+    refused = libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_COLLAPSE)
+    return 0 if refused else end - begin

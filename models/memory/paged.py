@@ -186,9 +186,14 @@ def attend_page_lse(
     span: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attend`, and the log-sum-exp of a read of each page alone."""
-    read = (query, key_pages, value_pages, bias, page_table)
-    at = (position, lengths, scale, softcap, window, span)
-    out, lse = attend(*read, pages, exclude, *at)
+
+    def read(which: Tensor | None, without: bool) -> tuple[Tensor, Tensor]:
+        return attend(
+            *(query, key_pages, value_pages, bias, page_table, which, without),
+            *(position, lengths, scale, softcap, window, span),
+        )
+
+    out, lse = read(pages, exclude)
     if pages is None or exclude:
         every = torch.arange(page_table.shape[2], dtype=torch.int32, device=query.device)
         each = every.expand(*page_table.shape[:2], query.shape[2], -1)
@@ -196,8 +201,10 @@ def attend_page_lse(
             each = each.masked_fill(listed(pages, 0, page_table.shape[2]), -1)
     else:
         each = pages
-    alone = [attend(*read, page, False, *at)[1] for page in each.split(1, dim=3)]
-    return out, lse, torch.stack(alone, 3) if alone else lse.new_empty((*lse.shape, 0))
+    page_lse = lse.new_empty((*lse.shape, each.shape[3]))
+    for column in range(each.shape[3]):
+        _, page_lse[..., column] = read(each[..., column : column + 1], False)
+    return out, lse, page_lse
 
 
 def read_table(

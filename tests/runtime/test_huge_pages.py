@@ -55,6 +55,15 @@ def test_the_system_grants_them_where_it_has_them() -> None:
     assert sum(kilobytes) > 0
 
 
+@pytest.mark.parametrize("elements", [0, 100, 1 << 20, (1 << 22) + 7])
+def test_collapsing_changes_no_content_and_no_address(elements: int) -> None:
+    tensor = torch.arange(elements, dtype=torch.float32)
+    copy, address = tensor.clone(), tensor.data_ptr()
+    gathered = huge_pages.collapse(tensor)
+    assert 0 <= gathered <= tensor.nbytes and gathered % huge_pages.HUGE_PAGE == 0
+    assert tensor.data_ptr() == address and torch.equal(tensor, copy)
+
+
 def holds(block: str, address: int) -> bool:
     for line in block.splitlines():
         bounds = line.split(" ")[0].split("-")

@@ -72,7 +72,7 @@ struct AttendArgs {
   int64_t window;
   float* out;       // [B, H, n, Dv], contiguous
   float* lse;       // [B, H, n], contiguous
-  float* page_lse;  // [B, H, n, S], or [B, H, n, pages] without a list; absent unless asked for
+  float* page_lse;  // [B, H, n, S] of a list to read, else [B, H, n, pages]; absent unless asked for
 };
 
 struct CombineArgs {
@@ -84,12 +84,12 @@ struct CombineArgs {
   int64_t threads;
 };
 
-// One ISA's code of one kernel.
 struct Phase {
   int64_t (*items)(const void* args);
   void (*run)(const void* args, int64_t begin, int64_t end);  // items begin .. end - 1
 };
 
+// One instruction set's code of one kernel.
 struct Kernel {
   const char* name;  // KernelSpec.name
   const char* isa;   // avx512_bf16, avx512, avx2 or portable
@@ -98,4 +98,58 @@ struct Kernel {
   const Phase* phase;
 };
 
+enum class Op : int32_t { append_index, score_select, attend, combine };
+enum class Type : int32_t { f32, f16, bf16 };
+
+struct Field {
+  const char* name;
+  Type type;
+  int64_t width;
+};
+
+// KernelSpec, as far as the runtime checks tensors and allocates results by it.
+struct Spec {
+  const char* name;
+  Op op;
+  Type type;
+  int64_t key_dim;
+  int64_t value_dim;
+  bool shared_kv;
+  int64_t group;
+  int64_t page_size;
+  bool list;        // attend takes a list of pages:
+  bool exclude;     // to leave out
+  bool bias;
+  bool softcap;
+  bool window;
+  bool page_lse;
+  int64_t fields;
+  const Field* field;  // the index fields written or read, in the order of the arguments
+  int64_t count;       // reads that combine merges
+};
+
+// Every variant of one kernel, the best instruction set first.
+struct Variants {
+  Spec spec;
+  int64_t count;
+  const Kernel* const* kernel;
+};
+
 }  // namespace memcompile
+
+// A kernel's file ends with MEMCOMPILE_KERNEL("name", scratch_bytes, array_of_phases). It is
+// compiled once for each instruction set, with MEMCOMPILE_ISA set to its name; all else in the file
+// has internal linkage.
+#define MEMCOMPILE_TEXT_(x) #x
+#define MEMCOMPILE_TEXT(x) MEMCOMPILE_TEXT_(x)
+#define MEMCOMPILE_JOIN_(a, b) a##b
+#define MEMCOMPILE_JOIN(a, b) MEMCOMPILE_JOIN_(a, b)
+#define MEMCOMPILE_KERNEL(name, scratch_bytes, array)                                  \
+  extern "C" __attribute__((visibility("hidden"))) const memcompile::Kernel            \
+      MEMCOMPILE_JOIN(memcompile_kernel_, MEMCOMPILE_ISA);                             \
+  const memcompile::Kernel MEMCOMPILE_JOIN(memcompile_kernel_, MEMCOMPILE_ISA) = {     \
+      name, MEMCOMPILE_TEXT(MEMCOMPILE_ISA), scratch_bytes, sizeof(array) / sizeof(*array), array}
+
+// The runtime library's: registers an operator's implementation for CPU tensors. The variants must
+// outlive the process's last call.
+extern "C" void memcompile_register(const memcompile::Variants* variants);

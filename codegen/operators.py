@@ -1,0 +1,100 @@
+"""Operators of generated kernels: one schema and one fake kernel each, whatever implements them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .spec import KernelSpec
+
+_lock = threading.Lock()
+
+
+@cache
+def library(namespace: str) -> torch.library.Library:
+    """The one handle through which this process adds to a namespace."""
+    return torch.library.Library(namespace, "FRAGMENT")
+
+
+def define(namespace: str, spec: KernelSpec) -> torch._ops.OpOverload:
+    """`namespace::spec.name`, defined on the first call of a process.
+
+    A library of definitions for runtimes without Python may have defined the operator already;
+    then only its fake kernel is added.
+    """
+    with _lock:
+        return _define(namespace, spec)
+
+
+@cache
+def _define(namespace: str, spec: KernelSpec) -> torch._ops.OpOverload:
+    name = f"{namespace}::{spec.name}"
+    home = library(namespace)
+    if not torch._C._dispatch_has_kernel(name):
+        home.define(spec.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(name, fake(spec), lib=home)
+    overload: torch._ops.OpOverload = getattr(getattr(torch.ops, namespace), spec.name).default
+    return overload
+
+
+def fake(spec: KernelSpec) -> Callable[..., Any]:
+    """What the kernel returns, as far as shapes and dtypes go."""
+    names = [name for _, name in spec.arguments]
+
+    def attend(*args: Any) -> tuple[Tensor, ...]:
+        given = dict(zip(names, args, strict=True))
+        query = given["query"]
+        out = query.new_empty((*query.shape[:3], spec.value_dim), dtype=torch.float32)
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        if not spec.page_lse:
+            return out, lse
+        pages = given["pages" if spec.pages == "listed" else "page_table"].shape[-1]
+        return out, lse, query.new_empty((*query.shape[:3], pages), dtype=torch.float32)
+
+    def score_select(*args: Any) -> Tensor:
+        given = dict(zip(names, args, strict=True))
+        query, heads = given["query"], given["page_table"].shape[1]
+        shape = (query.shape[0], heads, query.shape[2], given["capacity"])
+        selected: Tensor = query.new_empty(shape, dtype=torch.int32)
+        return selected
+
+    def append_index(*args: Any) -> None:
+        return None
+
+    def combine(*args: Any) -> tuple[Tensor, Tensor]:
+        return args[0].new_empty(args[0].shape), args[1].new_empty(args[1].shape)
+
+    return {
+        "attend": attend,
+        "score_select": score_select,
+        "append_index": append_index,
+        "combine": combine,
+    }[spec.op]
+
+
+def definitions(namespace: str, specs: list[KernelSpec]) -> str:
+    """C++ that defines the operators of `specs` where there is no Python."""
+    lines = [
+        "// Definitions of operators, apart from whatever implements them.",
+        "#include <torch/library.h>",
+        "",
+        f"TORCH_LIBRARY_FRAGMENT({namespace}, m) {{",
+    ]
+    for spec in specs:
+        head, back = spec.schema.split(" -> ")
+        arguments = head[len(spec.name) + 1 : -1]
+        lines += [f'  m.def("{spec.name}("']
+        line = ""
+        for argument in arguments.split(", "):
+            more = f"{line}, {argument}" if line else argument
+            if len(more) > 78:
+                lines.append(f'        "{line}, "')
+                more = argument
+            line = more
+        lines += [f'        "{line}) -> {back}");'] if line else [f'        ") -> {back}");']
+    return "\n".join([*lines, "}", ""])

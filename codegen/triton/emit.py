@@ -1,0 +1,127 @@
+"""Prints the Triton source of a kernel spec for a target."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from functools import cache
+from pathlib import Path
+
+from .. import cache as store
+from ..render import render
+from ..spec import SCORE_TERMS, KernelSpec
+from .blocks import (
+    CLASSES,
+    HEADS,
+    LISTED,
+    SHARE_TOKENS,
+    Launch,
+    architecture,
+    launches,
+    nearest,
+    padded,
+    pow2,
+)
+
+HERE = Path(__file__).parent
+DEFAULT_TARGET = "cuda:sm_90"
+
+
+@cache
+def device_target() -> str:
+    """The target of the GPU at hand; where there is none, the one that texts are shown for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return DEFAULT_TARGET
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+        return nearest("hip", name)
+    major, minor = torch.cuda.get_device_capability()
+    return nearest("cuda", f"{major}{minor}")
+
+
+def source(spec: KernelSpec, target: str | None = None) -> str:
+    """The readable module of a spec: its kernels, and the function that launches them.
+
+    Args:
+        target: "cuda:sm_90", "hip:gfx942", ... (a key of blocks.ARCHITECTURES), which sets block
+            shapes; None: the GPU at hand, or sm_90 without one.
+
+    Raises:
+        NotCovered: no template covers the spec on this target.
+        ValueError: unknown target.
+    """
+    target = target or device_target()
+    return text(spec, target, launches(spec, target))
+
+
+def text(spec: KernelSpec, target: str, chosen: dict[str, Launch]) -> str:
+    """The module of a spec with the given launches (see `blocks.launches`)."""
+    names = {
+        "spec": spec,
+        "pow2": pow2,
+        "padded": padded,
+        "cdiv": lambda a, b: -(-a // b),
+        "title": _title(spec),
+        "note": "\n".join(
+            textwrap.wrap(
+                f"Generated for {target} from codegen/triton/{spec.op}.py.jinja: edits are lost. "
+                f"Specification: {json.dumps(spec.to_json())}",
+                100,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        ),
+        **chosen,
+    }
+    if spec.op == "attend":
+        names |= {
+            "block_n": chosen["decode"].constants["BLOCK_N"],
+            "block_s": LISTED,
+            "share_pages": max(1, SHARE_TOKENS // spec.page_size),
+            "programs": architecture(target).programs,
+        }
+    elif spec.op == "score_select":
+        names |= {
+            "fields": spec.score_fields,
+            "terms": SCORE_TERMS[spec.score],
+            "heads": 16 if spec.dtype == "float32" else HEADS,
+            "most_k": 64 if spec.dtype == "float32" or spec.key_dim > 256 else 256,
+            "largest": max(CLASSES),
+            "classes": [(most, chosen[f"upto_{most}"]) for most in CLASSES],
+        }
+    elif spec.op == "append_index":
+        names["block_s"] = chosen["append"].constants["BLOCK_S"]
+    else:
+        names["block_r"] = chosen["combine"].constants["BLOCK_R"]
+    return render(HERE / f"{spec.op}.py.jinja", **names)
+
+
+def _title(spec: KernelSpec) -> str:
+    if spec.op == "attend":
+        read = {"all": "every page", "listed": "the listed pages", "unlisted": "pages not listed"}
+        return f"Reads {read[spec.pages]} of a paged memory, one softmax a query."
+    if spec.op == "score_select":
+        return f"Scores pages by {spec.score} and selects the best."
+    if spec.op == "append_index":
+        return "Writes new tokens into their pages" + (" and index." if spec.fields else ".")
+    return "Merges reads of disjoint keys by log-sum-exp."
+
+
+def path(spec: KernelSpec, target: str | None = None) -> Path:
+    """The file of a spec's module, written if need be.
+
+    Triton and Inductor read a kernel's text from its file, which must therefore stay there.
+    """
+    return write(spec, source(spec, target))
+
+
+def write(spec: KernelSpec, module: str) -> Path:
+    """Keeps the text of a spec's module in a file whose folder is named after its content."""
+    name = f"{spec.name}.py"
+
+    def fill(folder: Path) -> None:
+        (folder / name).write_text(module)
+
+    return store.publish(store.root() / "triton" / store.key(module), fill) / name

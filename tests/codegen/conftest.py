@@ -1,0 +1,1 @@
+"""Puts the helpers beside it (kernel_case) on the import path of the targets' tests."""

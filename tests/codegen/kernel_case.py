@@ -1,0 +1,151 @@
+"""Random memories for generated kernels, poisoned, and what the references make of them.
+
+Pools are NaN wherever no token was written, queries are NaN in padding rows: a kernel that reads
+what it may not see shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from memcompile.codegen.spec import KernelSpec
+from memcompile.models.memory import paged
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sequences of position[b] + lengths[b] tokens; the last lengths[b] are the query rows.
+
+    Attributes:
+        rows: extent of the row axis; at least max(lengths).
+        holes: of hundred pages, how many are missing from the page table.
+        listed: width of each row's list of pages.
+    """
+
+    position: tuple[int, ...] = (137,)
+    lengths: tuple[int, ...] = (1,)
+    kv_heads: int = 2
+    rows: int = 1
+    holes: int = 0
+    listed: int = 4
+    spare_columns: int = 1
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return max(p + n for p, n in zip(self.position, self.lengths, strict=True))
+
+
+def shapes(
+    longest: int = 300, rows: tuple[int, ...] = (1, 1, 2, 5, 19), batch: tuple[int, ...] = (1, 2, 3)
+) -> st.SearchStrategy[Shape]:
+    """Ragged batches at any position, some sequences without a new token, tables with holes."""
+
+    @st.composite
+    def build(draw: st.DrawFn) -> Shape:
+        count, most = draw(st.sampled_from(batch)), draw(st.sampled_from(rows))
+        return Shape(
+            position=tuple(draw(st.integers(0, longest)) for _ in range(count)),
+            lengths=tuple(draw(st.integers(0, most)) for _ in range(count)),
+            kv_heads=draw(st.integers(1, 3)),
+            rows=most,
+            holes=draw(st.sampled_from((0, 0, 30))),
+            listed=draw(st.integers(1, 6)),
+            spare_columns=draw(st.integers(0, 2)),
+            seed=draw(st.integers(0, 2**31)),
+        )
+
+    return build()
+
+
+@dataclass
+class Laid:
+    """Everything an operation of a spec may be given, by the name of its argument."""
+
+    spec: KernelSpec
+    shape: Shape
+    given: dict[str, Any]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What the kernel of the spec takes."""
+        return tuple(self.given[name] for _, name in self.spec.arguments)
+
+    def attend(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The reference's results, its inputs widened to `dtype` first."""
+        g, spec = self.given, self.spec
+        keys = g["key_pages"].to(dtype)
+        values = keys[..., : spec.value_dim] if spec.shared_kv else g["value_pages"].to(dtype)
+        reference = paged.attend_page_lse if spec.page_lse else paged.attend
+        return reference(
+            g["query"].to(dtype),
+            keys,
+            values,
+            g["bias"].to(dtype) if spec.bias else None,
+            g["page_table"],
+            None if spec.pages == "all" else g["pages"],
+            spec.pages == "unlisted",
+            g["position"],
+            g["lengths"],
+            g["scale"],
+            g["softcap"] if spec.softcap else 0.0,
+            g["window"] if spec.window else 0,
+            spec.span,
+        )
+
+
+def lay_out(spec: KernelSpec, shape: Shape) -> Laid:
+    """Memory of the shape under the spec, its pools and inputs rounded to the spec's dtype."""
+    make = torch.Generator().manual_seed(shape.seed)
+    slots = -(-shape.tokens // spec.span)
+    columns = max(1, -(-slots // spec.page_size) + shape.spare_columns)
+    batch, heads = len(shape.position), shape.kv_heads
+    pool = batch * heads * columns + 3
+    order = torch.randperm(pool, generator=make)[: batch * heads * columns]
+    table = order.int().view(batch, heads, columns)
+    lengths = torch.tensor(shape.lengths, dtype=torch.int32)
+    position = torch.tensor(shape.position, dtype=torch.int32)
+    held = (position + lengths).long() // spec.span  # complete slots
+    slot = torch.arange(columns * spec.page_size).view(columns, spec.page_size)
+    written = (slot < held[:, None, None])[:, None].expand(-1, heads, -1, -1)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=make, dtype=torch.float32).to(spec.torch_dtype)
+
+    def poisoned(width: int) -> Tensor:
+        full = torch.full((pool, spec.page_size, width), torch.nan, dtype=spec.torch_dtype)
+        values = normal(*written.shape, width)
+        full[order] = torch.where(written[..., None], values, torch.nan).flatten(0, 2)
+        return full
+
+    query = normal(batch, shape.rows, heads * spec.group, spec.key_dim).transpose(1, 2)
+    query.masked_fill_((torch.arange(shape.rows) >= lengths[:, None])[:, None, :, None], torch.nan)
+    key_pages = poisoned(spec.key_dim)
+    bias = torch.full((pool, spec.page_size), torch.nan)
+    bias[order] = torch.where(written, torch.randn(written.shape, generator=make), torch.nan).view(
+        -1, spec.page_size
+    )
+    gone = torch.rand(table.shape, generator=make) * 100 < shape.holes
+    lists = torch.full((batch, heads, shape.rows, shape.listed), -1, dtype=torch.int32)
+    for row in lists.view(-1, shape.listed):
+        some = torch.randperm(columns, generator=make)[: shape.listed].int()
+        keep = torch.rand(len(some), generator=make) < 0.7
+        row[: len(some)] = torch.where(keep, some, -1)
+    given = {
+        "query": query,
+        "key_pages": key_pages,
+        "value_pages": poisoned(spec.value_dim),
+        "bias": bias,
+        "page_table": torch.where(gone, -1, table),
+        "pages": lists,
+        "position": position,
+        "lengths": lengths,
+        "scale": spec.key_dim**-0.5,
+        "softcap": 1.5,
+        "window": int(torch.randint(1, max(2, shape.tokens), (), generator=make)),
+    }
+    return Laid(spec, shape, given)

@@ -1,0 +1,30 @@
+"""Runs `numerics.py` in a process of its own: on a GPU, or interpreted where there is none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+FILE = Path(__file__).with_name("numerics.py")
+
+
+@pytest.mark.timeout(900)
+def test_kernels_compute_what_the_references_do(tmp_path: Path) -> None:
+    environment = {**os.environ, "MEMCOMPILE_CACHE": str(tmp_path)}
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", str(FILE)],
+        cwd=Path(__file__).parents[3],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
+    assert " passed" in ran.stdout

@@ -1,0 +1,359 @@
+// attend_bf16_k128_v128_g4_p64
+//
+//   out[q] = sum over keys k of exp(logit[q, k] - lse[q]) * value[k]
+//   logit[q, k] = scale * query[q] . key[k]
+//
+// Queries that share a KV head are a block: a tile of keys is read once for all of them. Tiles
+// follow each other under an online softmax; where blocks are few, a block's pages are split
+// between items, and a second phase merges the parts.
+#include <math.h>
+
+#include "memcompile/attention.h"
+#include "memcompile/kernel.h"
+
+namespace {
+
+using namespace memcompile;
+
+using T = bf16;
+using Stored = Dot<T>::Stored;
+using Weight = Mix<T>::Weight;
+
+constexpr int KEY_DIM = 128;
+constexpr int VALUE_DIM = 128;
+constexpr int GROUP = 4;  // query heads that share a KV head
+constexpr int PAGE_SIZE = 64;
+
+constexpr int ROWS = 16;   // of a block
+constexpr int HEADS = 4;  // of a block
+constexpr int BLOCK = ROWS * HEADS;
+constexpr int CHUNKS = (GROUP + HEADS - 1) / HEADS;  // blocks that a group takes
+constexpr int QUERY_STRIDE = (KEY_DIM + 31) / 32 * 32;
+constexpr int OUT_STRIDE = (VALUE_DIM + 31) / 32 * 32;
+constexpr int64_t SPLIT_KEYS = 512;  // a part with fewer would cost more to merge than it saves
+
+// How the work is cut. Both phases find the same answer from the same arguments.
+struct Plan {
+  int64_t blocks;  // of a (sequence, KV head)
+  int64_t splits;
+
+  explicit Plan(const AttendArgs& a) {
+    const Memory& m = a.memory;
+    blocks = divide_up(m.rows, ROWS) * CHUNKS;
+    int64_t longest = 0;
+    for (int64_t b = 0; b < m.batch; ++b) longest = larger(longest, m.position[b] + m.lengths[b]);
+    const int64_t items = larger(1, m.batch * m.kv_heads * blocks), wanted = 4 * m.threads;
+    splits = items >= wanted || m.threads == 1 ? 1 : divide_up(wanted, items);
+    splits = larger(1, smaller(splits, longest / SPLIT_KEYS));
+  }
+};
+
+// The queries of one item, and how far their softmax has come.
+struct Block {
+  int64_t sequence;
+  int64_t kv_head;
+  int64_t row;   // the first
+  int64_t head;  // the first, in its group
+  int heads;
+  int count;  // queries, row by row, that stand at a token
+  int64_t low, high;    // slots that some query sees: low .. high - 1
+  int64_t begin, end;   // slots that every query sees
+  int64_t start[BLOCK], stop[BLOCK];
+  alignas(64) Stored query[BLOCK * QUERY_STRIDE];
+  alignas(64) float out[BLOCK * OUT_STRIDE];
+  // By band, at its first query: the logits' maximum so far, and sums by lane of the weights, as
+  // they are (for lse) and as they were rounded to multiply the values.
+  vec peak[BLOCK], total[BLOCK], rounded[BLOCK];
+};
+
+// Where an item stands among its pages.
+struct Walk {
+  const int32_t* table;
+  int64_t at, end;  // logical pages
+  int64_t slot;     // of the page, the next to read
+};
+
+void read_queries(const AttendArgs& a, Block& block) {
+  const Memory& m = a.memory;
+  const int64_t live = smaller(m.lengths[block.sequence], m.rows) - block.row;
+  const int rows = static_cast<int>(larger(0, smaller(ROWS, live)));
+  block.count = rows * block.heads;
+  block.low = block.end = INT64_MAX;
+  block.high = block.begin = 0;
+  for (int i = 0; i < rows; ++i) {
+    const int64_t token = m.position[block.sequence] + block.row + i;
+    const int64_t stop = token + 1;
+    const int64_t start = 0;
+    block.low = smaller(block.low, start);
+    block.high = larger(block.high, stop);
+    block.begin = larger(block.begin, start);
+    block.end = smaller(block.end, stop);
+    for (int h = 0; h < block.heads; ++h) {
+      const int q = i * block.heads + h;
+      block.start[q] = start;
+      block.stop[q] = stop;
+      const int64_t head = block.kv_head * GROUP + block.head + h;
+      const T* from = static_cast<const T*>(a.query.data) + block.sequence * a.query.batch_stride +
+                      head * a.query.head_stride + (block.row + i) * a.query.row_stride;
+      Stored* to = block.query + q * QUERY_STRIDE;
+      for (int d = 0; d < KEY_DIM; d += LANES) {
+        store(to + d, load(from + d, smaller(LANES, KEY_DIM - d)));
+      }
+      for (int d = divide_up(KEY_DIM, LANES) * LANES; d < QUERY_STRIDE; d += LANES) {
+        store(to + d, zero());
+      }
+      for (int d = 0; d < OUT_STRIDE; d += LANES) store(block.out + q * OUT_STRIDE + d, zero());
+      block.peak[q] = all(-INFINITE);
+      block.total[q] = block.rounded[q] = zero();
+    }
+  }
+}
+
+// Gathers the next keys that some query sees; an empty tile is the end.
+void fill(const AttendArgs& a, const Block& block, Walk& walk, Tile<T>& tile) {
+  tile.count = 0;
+  tile.base = 0;
+  while (tile.count < TILE && walk.at < walk.end) {
+    const int64_t page = walk.at;
+    const int64_t physical = walk.table[page];
+    const int64_t first = page * PAGE_SIZE;
+    const int64_t from = larger(walk.slot, block.low - first);
+    const int64_t to = smaller(PAGE_SIZE, block.high - first);
+    if (physical < 0 || from >= to) {
+      ++walk.at;
+      walk.slot = 0;
+      continue;
+    }
+    if (!tile.count) tile.base = first + from;
+    const int64_t until = smaller(to, from + TILE - tile.count);
+    const int64_t slot = physical * PAGE_SIZE - first;  // in the pools, of the sequence's slot 0
+    for (int64_t s = first + from; s < first + until; ++s, ++tile.count) {
+      tile.place[tile.count] = static_cast<float>(s - tile.base);
+      tile.key[tile.count] = static_cast<const T*>(a.key_pages) + (slot + s) * KEY_DIM;
+      tile.value[tile.count] = static_cast<const T*>(a.value_pages) + (slot + s) * VALUE_DIM;
+    }
+    walk.slot = until;
+    if (until == to) {
+      ++walk.at;
+      walk.slot = 0;
+    }
+  }
+  for (int k = tile.count; tile.count && k % LANES; ++k) {
+    tile.place[k] = INFINITE;
+    tile.key[k] = tile.key[0];
+    tile.value[k] = tile.value[0];
+  }
+}
+
+// The query's place among [B, H, n].
+int64_t query_number(const AttendArgs& a, const Block& block, int row, int head) {
+  const int64_t h = block.kv_head * GROUP + block.head + head;
+  return (block.sequence * a.memory.kv_heads * GROUP + h) * a.memory.rows + block.row + row;
+}
+
+// Reads one tile for R queries, the first of which is q.
+template <int R>
+MEMCOMPILE_INLINE void read_band(const AttendArgs& a, Block& block, int q, const Tile<T>& tile,
+                                 const Tile<T>& next) {
+  constexpr int K = LANES / R;
+  const int steps = static_cast<int>(divide_up(tile.count, K));
+  vec logits[TILE / K];
+  vec peak = block.peak[q];
+
+  // [R, Dk] @ [Dk, K] -> [R, K]. The first band asks for the next tile: its keys while this one's
+  // are read, its values along with the values, a little at a time. Asked for all at once, or not
+  // at all, they would leave the memory idle while a tile is computed.
+  for (int s = 0; s < steps; ++s) {
+    if (q == 0) {
+      for (int k = s * K; k < (s + 1) * K; ++k) prefetch_l2(next.key[k], 0, KEY_DIM);
+    }
+    logits[s] = dots<T, KEY_DIM, R>(block.query + q * QUERY_STRIDE, QUERY_STRIDE, tile.key + s * K);
+    logits[s] = logits[s] * all(a.scale);
+  }
+
+  // Keys that only some of the queries see, and what fills up the last vector.
+  const int64_t last = tile.base + static_cast<int64_t>(tile.place[tile.count - 1]);
+  const bool all_seen = tile.base >= block.begin && last < block.end;
+  if (!all_seen || tile.count % K) {
+    float start[LANES], stop[LANES];
+    for (int i = 0; i < LANES; ++i) {
+      start[i] = static_cast<float>(block.start[q + i / K] - tile.base);
+      stop[i] = static_cast<float>(block.stop[q + i / K] - tile.base);
+    }
+    for (int s = 0; s < steps; ++s) {
+      const vec place = load_repeated<K>(tile.place + s * K);
+      const mask seen = both(less(place, load(stop)), less(load(start), place + all(1)));
+      logits[s] = select(seen, logits[s], all(-INFINITE));
+    }
+  }
+
+  // Online softmax. A row that has seen nothing yet keeps a peak of -inf.
+  for (int s = 0; s < steps; ++s) peak = max(peak, logits[s]);
+  peak = largest_by<K>(peak);
+  const vec shift = select(less(peak, all(-3e38f)), zero(), peak);
+  const vec keep = exp(block.peak[q] - shift);
+  alignas(64) Weight weight[R * TILE];
+  vec total = block.total[q] * keep, rounded = block.rounded[q] * keep;
+  for (int s = 0; s < steps; ++s) {
+    const vec p = exp(logits[s] - shift);
+    total = total + p;
+    rounded = rounded + Mix<T>::pack(p, weight + s * LANES / Mix<T>::KEYS);
+  }
+  block.peak[q] = peak;
+  block.total[q] = total;
+  block.rounded[q] = rounded;
+
+  // [R, TILE] @ [TILE, Dv] -> [R, Dv]
+  float kept[LANES], by_row[R];
+  store(kept, keep);
+  for (int r = 0; r < R; ++r) by_row[r] = kept[r * K];
+  const auto ahead = [&](int k, int column, int columns) __attribute__((always_inline)) {
+    if (q) return;
+    const int begin = (column * TILE + k * columns) / VALUE_DIM;
+    const int end = (column * TILE + (k + Mix<T>::KEYS) * columns) / VALUE_DIM;
+    for (int i = begin; i < end; ++i) prefetch_l2(next.value[i], 0, VALUE_DIM);
+  };
+  mix<T, VALUE_DIM, R>(tile, weight, by_row, block.out + q * OUT_STRIDE, OUT_STRIDE, ahead);
+}
+
+void read_tile(const AttendArgs& a, Block& block, const Tile<T>& tile, const Tile<T>& next) {
+  int q = 0;
+  for (; q + 4 <= block.count; q += 4) read_band<4>(a, block, q, tile, next);
+}
+
+// Where a query's result goes: to the results, or to the parts that the second phase merges.
+struct Part {
+  float* out;
+  float* lse;
+
+  Part(const AttendArgs& a, const Plan& plan, int64_t query, int64_t split) {
+    float* parts = static_cast<float*>(a.memory.scratch);
+    const Memory& m = a.memory;
+    const int64_t nth = query * plan.splits + split;
+    const int64_t all = m.batch * m.kv_heads * GROUP * m.rows * plan.splits;
+    out = plan.splits == 1 ? a.out + query * VALUE_DIM : parts + nth * VALUE_DIM;
+    lse = plan.splits == 1 ? a.lse + query : parts + all * VALUE_DIM + nth;
+  }
+};
+
+template <int R>
+void finish_band(const AttendArgs& a, const Plan& plan, const Block& block, int q, int64_t split) {
+  constexpr int K = LANES / R;
+  float peak[LANES], total[LANES], rounded[LANES];
+  store(peak, block.peak[q]);
+  store(total, sum_by<K>(block.total[q]));
+  store(rounded, sum_by<K>(block.rounded[q]));
+  for (int r = 0; r < R; ++r) {
+    const int i = (q + r) / block.heads, h = (q + r) % block.heads;
+    const Part to(a, plan, query_number(a, block, i, h), split);
+    const float sum = total[r * K];
+    const vec share = all(sum > 0 ? 1 / rounded[r * K] : 0);
+    const float* out = block.out + (q + r) * OUT_STRIDE;
+    for (int d = 0; d < VALUE_DIM; d += LANES) {
+      store(to.out + d, load(out + d) * share, smaller(LANES, VALUE_DIM - d));
+    }
+    *to.lse = sum > 0 ? peak[r * K] + logf(sum) : -INFINITE;
+  }
+}
+
+void finish(const AttendArgs& a, const Plan& plan, const Block& block, int64_t split) {
+  int q = 0;
+  for (; q + 4 <= block.count; q += 4) finish_band<4>(a, plan, block, q, split);
+  // Padding rows: nothing was seen.
+  const int rows = static_cast<int>(smaller(ROWS, a.memory.rows - block.row));
+  for (q = block.count; q < rows * block.heads; ++q) {
+    const Part to(a, plan, query_number(a, block, q / block.heads, q % block.heads), split);
+    for (int d = 0; d < VALUE_DIM; ++d) to.out[d] = 0;
+    *to.lse = -INFINITE;
+  }
+}
+
+// Phase 1: item = (sequence, KV head, block, split).
+int64_t read_items(const void* args) {
+  const AttendArgs& a = *static_cast<const AttendArgs*>(args);
+  const Plan plan(a);
+  return a.memory.batch * a.memory.kv_heads * plan.blocks * plan.splits;
+}
+
+void read(const void* args, int64_t item, int64_t end) {
+  const AttendArgs& a = *static_cast<const AttendArgs*>(args);
+  const Memory& m = a.memory;
+  const Plan plan(a);
+  Block block;
+  Tile<T> tiles[2] = {};
+  for (; item < end; ++item) {
+    const int64_t split = item % plan.splits, nth = item / plan.splits % plan.blocks;
+    const int64_t pair = item / plan.splits / plan.blocks;
+    block.sequence = pair / m.kv_heads;
+    block.kv_head = pair % m.kv_heads;
+    block.row = nth / CHUNKS * ROWS;
+    block.head = nth % CHUNKS * HEADS;
+    block.heads = static_cast<int>(smaller(HEADS, GROUP - block.head));
+    read_queries(a, block);
+
+    Walk walk{};
+    const PageIds& table = m.page_table;
+    walk.table = table.data + block.sequence * table.batch_stride +
+                 block.kv_head * table.head_stride;
+    const int64_t from = block.count ? block.low / PAGE_SIZE : 0;
+    const int64_t until = larger(from, smaller(table.count, divide_up(block.high, PAGE_SIZE)));
+    walk.at = from + (until - from) * split / plan.splits;
+    walk.end = block.count ? from + (until - from) * (split + 1) / plan.splits : 0;
+
+    int now = 0;
+    for (fill(a, block, walk, tiles[0]); tiles[now].count; now = 1 - now) {
+      fill(a, block, walk, tiles[1 - now]);
+      read_tile(a, block, tiles[now], tiles[1 - now]);
+    }
+    finish(a, plan, block, split);
+  }
+}
+
+// Phase 2: item = query; merges the parts of its splits, if there are any.
+int64_t merge_items(const void* args) {
+  const AttendArgs& a = *static_cast<const AttendArgs*>(args);
+  const Memory& m = a.memory;
+  return Plan(a).splits == 1 ? 0 : m.batch * m.kv_heads * GROUP * m.rows;
+}
+
+void merge(const void* args, int64_t query, int64_t end) {
+  const AttendArgs& a = *static_cast<const AttendArgs*>(args);
+  const Plan plan(a);
+  for (; query < end; ++query) {
+    const Part parts(a, plan, query, 0);
+    float peak = -INFINITE, total = 0;
+    for (int64_t s = 0; s < plan.splits; ++s) {
+      if (parts.lse[s] > peak) peak = parts.lse[s];
+    }
+    float* out = a.out + query * VALUE_DIM;
+    for (int d = 0; d < VALUE_DIM; ++d) out[d] = 0;
+    for (int64_t s = 0; s < plan.splits; ++s) {
+      if (parts.lse[s] == -INFINITE) continue;
+      total += expf(parts.lse[s] - peak);
+    }
+    for (int64_t s = 0; s < plan.splits; ++s) {
+      if (parts.lse[s] == -INFINITE) continue;
+      const float share = expf(parts.lse[s] - peak) / total;
+      for (int d = 0; d < VALUE_DIM; ++d) out[d] += share * parts.out[s * VALUE_DIM + d];
+    }
+    a.lse[query] = total > 0 ? peak + logf(total) : -INFINITE;
+  }
+}
+
+int64_t scratch_bytes(const void* args) {
+  const AttendArgs& a = *static_cast<const AttendArgs*>(args);
+  const int64_t splits = Plan(a).splits;
+  if (splits == 1) return 0;
+  return merge_items(args) * splits * (VALUE_DIM + 1) * static_cast<int64_t>(sizeof(float));
+}
+
+constexpr Phase PHASES[] = {
+    {read_items, read},
+    {merge_items, merge},
+};
+
+}  // namespace
+
+MEMCOMPILE_KERNEL(
+    "attend_bf16_k128_v128_g4_p64",
+    scratch_bytes, PHASES);
