@@ -13,8 +13,9 @@ attention(query [B,H,n,Dk], key [B,Hkv,m,Dk], value [B,Hkv,m,Dv], mask, is_causa
     -> [B,H,n,Dv]. The normal form of a model's attention, without memory. mask broadcasts to
     [B,H,n,m]: bool (True = visible) or added to the logits. softcap 0 = none. is_causal: n == m.
 append_index(key [B,Hkv,n,Dk], value, ..., key_pages [P,s,Dk], value_pages [P,s,Dv], index, fields)
-    writes the tokens and recomputes the records of the pages they touch from those pages' valid
-    keys, so that the result does not depend on how tokens were split into calls.
+    writes the tokens, and the records of the pages that they fill, from all of the page's keys: the
+    result does not depend on how tokens were split into calls. The open page has no record; none
+    is read before its page is full.
 score_select(query, index, fields, ..., score, page_size, sink_pages, window_pages, capacity,
     budget_pages, dense_below) -> int32 [B,Hkv,n,capacity]: logical pages, ascending, then -1.
     A row at token p in page o = p // page_size always has the pages < sink_pages and

@@ -256,9 +256,8 @@ class MemoryState:
     def rewind(self, position: int | Sequence[int]) -> None:
         """Forgets every token from `position` on (one for all sequences, or one each).
 
-        The pages behind it are freed. The record of the page that is open afterwards still counts
-        forgotten tokens; it is never read before the page is full, and each write recomputes it
-        from the tokens that are valid then.
+        The pages behind it are freed. The page that is open afterwards may have a record of
+        forgotten tokens: none is read before its page is full, and filling it writes a new one.
 
         Raises:
             ValueError: positions beyond the tokens held, or whose window was already recycled.

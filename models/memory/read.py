@@ -49,7 +49,7 @@ def emit_write(
     position: Any,
     lengths: Any,
 ) -> None:
-    """Appends key [B,Hkv,n,Dk] and value [B,Hkv,n,Dv] and brings the touched records up to date."""
+    """Appends key [B,Hkv,n,Dk] and value [B,Hkv,n,Dv], and the records of pages they fill."""
     emit(
         torch.ops.memcompile.append_index.default,
         *(key, value, site.page_table, position, lengths, site.key_pages, site.value_pages),

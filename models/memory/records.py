@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,47 +43,45 @@ def append_index(
         pool.view(-1, pool.shape[2])[slot] = new[written].to(pool.dtype)
     if not fields:
         return
-    end = position.long() + lengths  # tokens each sequence holds now
-    first = position.long() // size
-    touched = int((torch.where(lengths > 0, (end - 1) // size - first, -1)).max()) + 1
+    # Pages that are full now and were not before; a row without new tokens has none.
+    first, stop = position.long() // size, (position.long() + lengths) // size
+    filled = int((stop - first).max())
     width = page_table.shape[:2].numel() * size * key.shape[3] * 8
-    for block in row_blocks(touched, width):
+    for block in row_blocks(filled, width):
         logical = first[:, None] + torch.arange(block.start, block.stop, device=key.device)
-        live = logical * size < end[:, None]  # [B, t]
+        live = logical < stop[:, None]  # [B, t]
         at = logical.clamp_max(page_table.shape[2] - 1)[:, None].expand(-1, key.shape[1], -1)
         page = page_table.long().gather(2, at)[live[:, None].expand_as(at)]
-        tokens = (end[:, None] - logical * size).clamp_max(size)
-        count = tokens[:, None].expand_as(at)[live[:, None].expand_as(at)]
-        records = page_records(key_pages[page], value_pages[page], count, fields)
+        records = page_records(key_pages[page], value_pages[page], fields)
         for pool, record in zip(index, records, strict=True):
             pool[page] = record.to(pool.dtype)
 
 
-def page_records(keys: Tensor, values: Tensor, count: Tensor, fields: list[str]) -> list[Tensor]:
-    """The index records of pages whose first `count` slots are written.
+def page_records(keys: Tensor, values: Tensor, fields: list[str]) -> list[Tensor]:
+    """The index records of full pages.
 
     Args:
-        keys, values: [t, s, D]; count: [t], at least 1.
+        keys, values: [t, s, D].
 
     Returns:
         one [t, width] a field, in the summing type.
     """
-    valid = (torch.arange(keys.shape[1], device=keys.device) < count[:, None])[..., None]
-    many = count[:, None].to(wide(keys.dtype))
-    keys = torch.where(valid, keys, 0).to(many.dtype)
-    mean = keys.sum(1) / many
-    apart = torch.where(valid, keys - mean[:, None], 0)
-    records = {"mean": mean, "log_count": many.log()}
+    keys, values = (pages.to(wide(pages.dtype)) for pages in (keys, values))
+    mean = keys.mean(1)
+    apart = keys - mean[:, None]
+    records = {"mean": mean}
     if "std" in fields:
-        records["std"] = (apart.square().sum(1) / many).sqrt()
+        records["std"] = apart.square().mean(1).sqrt()
     if "radius" in fields:
         records["radius"] = apart.norm(dim=2).amax(1, keepdim=True)
     if "min" in fields:
-        records["min"] = keys.masked_fill(~valid, float("inf")).amin(1)
+        records["min"] = keys.amin(1)
     if "max" in fields:
-        records["max"] = keys.masked_fill(~valid, NEGATIVE_INFINITY).amax(1)
+        records["max"] = keys.amax(1)
     if "value_mean" in fields:
-        records["value_mean"] = torch.where(valid, values, 0).to(many.dtype).sum(1) / many
+        records["value_mean"] = values.mean(1)
+    if "log_count" in fields:
+        records["log_count"] = mean.new_full((len(mean), 1), math.log(keys.shape[1]))
     return [records[field] for field in fields]
 
 

@@ -1,11 +1,11 @@
 // append_index_bf16_k128_v128_p64_mean_std_value_mean_log_count
 //
-// Writes tokens into their pages, then the records of those pages:
+// Writes tokens into their pages, then the records of the pages that they fill:
 //
 //   mean, std, value_mean, log_count
 //
-// A record is always computed from all valid slots of its page in their order, so that it does not
-// depend on the calls in which they were written.
+// A record is always computed from all slots of its page in their order, so that it does not depend
+// on the calls in which they were written. The open page has none.
 #include <math.h>
 
 #include "memcompile/kernel.h"
@@ -53,14 +53,14 @@ constexpr int SIDE = LANES == 16 ? 8 : 4;  // vectors of columns that are worked
 template <int WIDTH>
 constexpr int VECTORS = (WIDTH + LANES - 1) / LANES;
 
-// The mean of term(element, column) over the rows [count, WIDTH]: for N vectors of columns.
+// The mean of term(element, column) over the rows [PAGE_SIZE, WIDTH]: for N vectors of columns.
 template <int WIDTH, int N, class Term>
-MEMCOMPILE_INLINE void some_means(const T* rows, int count, int column, const Term& term,
+MEMCOMPILE_INLINE void some_means(const T* rows, int column, const Term& term,
                                   float* mean) {
   vec total[N];
 #pragma GCC unroll 8
   for (int v = 0; v < N; ++v) total[v] = zero();
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < PAGE_SIZE; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) {
       const int at = column + v * LANES;
@@ -68,17 +68,17 @@ MEMCOMPILE_INLINE void some_means(const T* rows, int count, int column, const Te
     }
   }
 #pragma GCC unroll 8
-  for (int v = 0; v < N; ++v) store(mean + column + v * LANES, total[v] / all(count));
+  for (int v = 0; v < N; ++v) store(mean + column + v * LANES, total[v] / all(PAGE_SIZE));
 }
 
 // For all columns; mean has room for whole vectors.
 template <int WIDTH, class Term>
-MEMCOMPILE_INLINE void means(const T* rows, int count, const Term& term, float* mean) {
+MEMCOMPILE_INLINE void means(const T* rows, const Term& term, float* mean) {
   constexpr int REST = VECTORS<WIDTH> % SIDE, WHOLE = (VECTORS<WIDTH> - REST) * LANES;
   for (int d = 0; d < WHOLE; d += SIDE * LANES) {
-    some_means<WIDTH, SIDE>(rows, count, d, term, mean);
+    some_means<WIDTH, SIDE>(rows, d, term, mean);
   }
-  if constexpr (REST > 0) some_means<WIDTH, REST>(rows, count, WHOLE, term, mean);
+  if constexpr (REST > 0) some_means<WIDTH, REST>(rows, WHOLE, term, mean);
 }
 
 // Rounds a record of WIDTH elements into its place in the pool.
@@ -88,27 +88,27 @@ MEMCOMPILE_INLINE void write_record(const float* record, void* pool, int64_t pag
   for (int d = 0; d < WIDTH; d += LANES) store(to + d, load(record + d), smaller(LANES, WIDTH - d));
 }
 
-// Computes the records of a page from its first `count` slots.
-void write_records(const AppendIndexArgs& a, int64_t page, int count) {
+// Computes the records of a page that is full.
+void write_records(const AppendIndexArgs& a, int64_t page) {
   const T* keys = static_cast<const T*>(a.key_pages) + page * PAGE_SIZE * KEY_DIM;
   const auto itself = [](vec x, int) __attribute__((always_inline)) { return x; };
   alignas(64) float mean[VECTORS<KEY_DIM> * LANES];
-  means<KEY_DIM>(keys, count, itself, mean);
+  means<KEY_DIM>(keys, itself, mean);
   alignas(64) float std[VECTORS<KEY_DIM> * LANES];
   const auto square = [&](vec key, int column) __attribute__((always_inline)) {
     const vec apart = key - load(mean + column);
     return apart * apart;
   };
-  means<KEY_DIM>(keys, count, square, std);
+  means<KEY_DIM>(keys, square, std);
   for (int d = 0; d < KEY_DIM; d += LANES) store(std + d, sqrt(load(std + d)));
   alignas(64) float value_mean[VECTORS<VALUE_DIM> * LANES];
   const T* values = static_cast<const T*>(a.value_pages) + page * PAGE_SIZE * VALUE_DIM;
-  means<VALUE_DIM>(values, count, itself, value_mean);
+  means<VALUE_DIM>(values, itself, value_mean);
 
   write_record<KEY_DIM>(mean, a.index[0], page);
   write_record<KEY_DIM>(std, a.index[1], page);
   write_record<VALUE_DIM>(value_mean, a.index[2], page);
-  static_cast<float*>(a.index[3])[page] = logf(count);
+  static_cast<float*>(a.index[3])[page] = logf(PAGE_SIZE);
 }
 
 // Pages that the sequence with the most touches.
@@ -142,7 +142,7 @@ void append(const void* args, int64_t item, int64_t end) {
                static_cast<T*>(a.key_pages) + slot * KEY_DIM);
     write_rows(a.value, sequence, head, row, stop - begin, VALUE_DIM,
                static_cast<T*>(a.value_pages) + slot * VALUE_DIM);
-    write_records(a, page, static_cast<int>(stop - start));
+    if (stop == start + PAGE_SIZE) write_records(a, page);
   }
 }
 
