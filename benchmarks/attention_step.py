@@ -155,14 +155,19 @@ class Ours:
 def ours(
     name: str, shape: Shape, tokens: int, load: Load | None, cache_bytes: int, **options: Any
 ) -> Ours:
-    """The policy `name` on memories that hold tokens - 1 tokens; each step writes the last."""
+    """The policy `name` on memories that hold almost `tokens` tokens; each step writes the next.
+
+    State s stands s tokens before the context is full, so that one of them fills a page, whose
+    record is then written, as one step in `page_size` does.
+    """
     memory = preset(name, page_size=shape.page_size, **options).memory(0, 0)
     layout, position = shape.layout(memory), tokens - 1
     read = "dense" if reads_dense(memory, position) else "policy"
     floor = floor_bytes(memory, layout, position)
     inputs = [
-        (*shape.sample(position, seed), *one_site(layout, position, seed).tensors())
+        (*shape.sample(at, seed), *one_site(layout, at, seed).tensors())
         for seed in range(states_for(floor, cache_bytes))
+        for at in (position - seed % shape.page_size,)
     ]
     step = MemoryStep(layout, read, inputs[0][:5], inputs[0][5:], load, shape.scale)
     return Ours(name, step, inputs, floor, read)

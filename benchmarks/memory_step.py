@@ -214,8 +214,7 @@ def fill(state: MemoryState, tokens: Sequence[int], seed: int = 0) -> None:
                 torch.randn(count, size, dim, generator=make, device=device).to(layout.dtype)
                 for dim in (layout.key_dim, layout.value_dim)
             )
-            full = torch.full((count,), size, device=device)
-            records = page_records(keys, values, full, list(fields)) if fields else []
+            records = page_records(keys, values, list(fields)) if fields else []
             patterns[shape] = [keys, values, *records]
         for start in range(0, len(pools[0]), count):
             order = torch.randperm(count, generator=make, device=device)

@@ -1,13 +1,12 @@
 // output[m][o] = sum_i input[m][i] * weight[o][i] + bias[o], for few rows m.
 //
-// What costs is reading the weights once, so they are read as they lie: an item is a stretch of
-// weight rows, ROWS of them at most. One row at a time follows memory byte by byte, which the
-// hardware prefetches best; that is done for one and two input rows. From three on each weight
-// vector is used too often to be worth a register on its own, so several weight rows are read side
-// by side, and what would be a zigzag for the hardware is prefetched in the order of memory.
+// What costs is reading the weights once, so each thread reads its rows in the order of memory. For
+// one and two input rows that is one weight row after the other. For more, several weight rows go
+// side by side: their operands are loaded once for R weight rows times M input rows. The hardware
+// does not foresee that order, so what comes next is prefetched, in the order of memory again.
 //
 // Input rows come in tiles of up to TILE, packed so that one step reads a tile's operands in a row.
-// Of several tiles the first brings an item's weights into the cache.
+// Where there are several tiles, ROWS weight rows are brought near by the first and read by all.
 #include "memcompile/linear.h"
 #include "memcompile/simd.h"
 
@@ -15,14 +14,15 @@ namespace {
 
 using namespace memcompile;
 
-constexpr int64_t ROWS = 48;                // a multiple of every tile's weight rows
-constexpr int TILE = LANES == 16 ? 8 : 4;   // what 32, or 16, vector registers hold
-constexpr int SUMS = LANES == 16 ? 24 : 12;  // registers that sum
+constexpr int TILE = LANES == 16 ? 8 : 4;    // input rows
+constexpr int SUMS = LANES == 16 ? 24 : 12;  // of 32, or 16, vector registers
+constexpr int64_t ROWS = 48;                 // a multiple of all R
 
 const LinearArgs& given(const void* args) { return *static_cast<const LinearArgs*>(args); }
 
 int64_t tiles(const LinearArgs& a) { return divide_up(a.rows, TILE); }
-// Tiles are of one size, or one less.
+
+// The first input row of a tile; all tiles have M rows, or one less.
 int64_t tile_begin(const LinearArgs& a, int64_t t) { return a.rows * t / tiles(a); }
 
 // One row of bfloat16 is read where it lies; others are packed: [in / WIDTH][tile rows][WIDTH].
@@ -30,6 +30,7 @@ template <class T>
 bool packed(const LinearArgs& a) {
   return a.rows > 1 || !__is_same(T, typename Dot<T>::Stored);
 }
+
 template <class T>
 int64_t packed_row(const LinearArgs& a) {
   return divide_up(a.in, Dot<T>::WIDTH) * Dot<T>::WIDTH;
@@ -57,7 +58,8 @@ void pack(const LinearArgs& a, int64_t tile) {
   }
 }
 
-// The sums of R weight rows with M input rows: sums[m * ROWS + r]. UNROLL steps go on side by side.
+// R weight rows times M input rows: to[m * ROWS + r]. UNROLL steps are summed side by side, so that
+// they do not wait for each other. While it is at it, it fetches R rows from `ahead` on.
 template <class T, int M, int R, int UNROLL>
 MEMCOMPILE_INLINE void dots(const T* const (&weight)[R], const typename Dot<T>::Stored* x,
                             int64_t in, const T* ahead, float* to) {
@@ -91,6 +93,10 @@ MEMCOMPILE_INLINE void dots(const T* const (&weight)[R], const typename Dot<T>::
   for (; i < in; i += D::WIDTH) step(i, 0, static_cast<int>(smaller(D::WIDTH, in - i)));
 #pragma GCC unroll 32
   for (int j = M * R; j < COUNT; ++j) sum[j % (M * R)] = sum[j % (M * R)] + sum[j];
+  if constexpr (M * R <= 2) {
+    for (int j = 0; j < M * R; ++j) to[j * ROWS] = memcompile::sum(sum[j]);
+    return;
+  }
 #pragma GCC unroll 4
   for (int j = 0; j < M * R; j += LANES) {
     vec some[LANES];
@@ -105,17 +111,17 @@ MEMCOMPILE_INLINE void dots(const T* const (&weight)[R], const typename Dot<T>::
   }
 }
 
-// Weight rows begin .. end - 1 with one tile of M input rows.
+// Weight rows begin .. end - 1, ROWS of them at most, times one tile of M input rows.
 template <class T, int M>
 void rows_by_tile(const LinearArgs& a, int64_t begin, int64_t end, int64_t tile) {
-  constexpr int R = M <= 2 ? 1 : SUMS / M;
-  constexpr int UNROLL = M <= 2 ? 4 : 1;
+  constexpr int R = M <= 2 ? 1 : SUMS / M, UNROLL = M <= 2 ? 4 : 1;
+  static_assert(ROWS % R == 0);
   using Stored = typename Dot<T>::Stored;
   const int64_t first = tile_begin(a, tile);
   const T* weight = static_cast<const T*>(a.weight);
   const Stored* x = packed<T>(a) ? static_cast<const Stored*>(a.scratch) + first * packed_row<T>(a)
                                  : static_cast<const Stored*>(a.input);
-  const int64_t ahead = R == 1 ? 4096 / int64_t{sizeof(T)} : R * a.in;
+  const int64_t ahead = (R == 1 ? 0 : R * a.in) + (R == 1 ? 4096 : 2048) / int64_t{sizeof(T)};
   alignas(64) float sums[M * ROWS];
   for (int64_t o = begin; o < end; o += R) {
     const T* rows[R];

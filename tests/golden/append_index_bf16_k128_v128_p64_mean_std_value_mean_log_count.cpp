@@ -4,8 +4,8 @@
 //
 //   mean, std, value_mean, log_count
 //
-// A record is always computed from all slots of its page in their order, so that it does not depend
-// on the calls in which they were written. The open page has none.
+// A record is computed from all slots of its page in their order, so that it does not depend on the
+// calls in which they were written. The open page has none.
 #include <math.h>
 
 #include "memcompile/kernel.h"
@@ -20,6 +20,7 @@ using T = bf16;
 constexpr int KEY_DIM = 128;
 constexpr int VALUE_DIM = 128;
 constexpr int PAGE_SIZE = 64;
+constexpr int64_t ROW_BYTES = (KEY_DIM + VALUE_DIM) * sizeof(T);
 
 const AppendIndexArgs& given(const void* args) {
   return *static_cast<const AppendIndexArgs*>(args);
@@ -55,8 +56,7 @@ constexpr int VECTORS = (WIDTH + LANES - 1) / LANES;
 
 // The mean of term(element, column) over the rows [PAGE_SIZE, WIDTH]: for N vectors of columns.
 template <int WIDTH, int N, class Term>
-MEMCOMPILE_INLINE void some_means(const T* rows, int column, const Term& term,
-                                  float* mean) {
+MEMCOMPILE_INLINE void some_means(const T* rows, int column, const Term& term, float* mean) {
   vec total[N];
 #pragma GCC unroll 8
   for (int v = 0; v < N; ++v) total[v] = zero();
@@ -111,25 +111,39 @@ void write_records(const AppendIndexArgs& a, int64_t page) {
   static_cast<float*>(a.index[3])[page] = logf(PAGE_SIZE);
 }
 
-// Pages that the sequence with the most touches.
-int64_t most_pages(const AppendIndexArgs& a) {
-  int64_t pages = 0;
-  for (int64_t b = 0; b < a.memory.batch; ++b) pages = larger(pages, Added(a, b).pages);
-  return pages;
-}
+// How the work is cut: in touched pages of (sequence, KV head) pairs.
+struct Plan {
+  int64_t pages;    // of a pair
+  int64_t all;      // of all pairs
+  int64_t of_item;  // enough to be worth a thread: few tokens that fill no page are not
 
-// Item = (sequence, KV head, touched page).
+  explicit Plan(const AppendIndexArgs& a) : pages(0) {
+    const Memory& m = a.memory;
+    int64_t rows = 0;
+    for (int64_t b = 0; b < m.batch; ++b) {
+      const Added added(a, b);
+      pages = larger(pages, added.pages);
+      rows = larger(rows, added.end - added.begin);
+      if (added.end / PAGE_SIZE > added.first_page) rows = PAGE_SIZE;
+    }
+    all = m.batch * m.kv_heads * pages;
+    const int64_t bytes = smaller(rows, PAGE_SIZE) * ROW_BYTES;
+    of_item = larger(1, (1 << 15) / larger(1, bytes));
+  }
+};
+
 int64_t items(const void* args) {
-  const Memory& m = given(args).memory;
-  return m.batch * m.kv_heads * most_pages(given(args));
+  const Plan plan(given(args));
+  return divide_up(plan.all, plan.of_item);
 }
 
 void append(const void* args, int64_t item, int64_t end) {
   const AppendIndexArgs& a = given(args);
   const Memory& m = a.memory;
-  const int64_t pages = most_pages(a);
-  for (; item < end; ++item) {
-    const int64_t nth = item % pages, pair = item / pages;
+  const Plan plan(a);
+  const int64_t last = smaller(end * plan.of_item, plan.all);
+  for (int64_t at = item * plan.of_item; at < last; ++at) {
+    const int64_t nth = at % plan.pages, pair = at / plan.pages;
     const int64_t sequence = pair / m.kv_heads, head = pair % m.kv_heads;
     const Added added(a, sequence);
     if (nth >= added.pages) continue;

@@ -74,7 +74,6 @@ struct Walk {
   const int32_t* list;
   int64_t listed;
   int64_t at, end;  // logical pages
-  int64_t slot;     // of the page, the next to read
   int64_t known;      // skip[] tells of pages known - 512 .. known - 1
   uint64_t skip[8];
 };
@@ -125,38 +124,26 @@ void look_up(Walk& walk) {
   walk.known += 512;
 }
 
-// Gathers the next keys that some query sees; an empty tile is the end.
-void fill(const AttendArgs& a, const Block& block, Walk& walk, Tile<T>& tile) {
-  tile.count = 0;
-  tile.base = 0;
-  while (tile.count < TILE && walk.at < walk.end) {
-    const int64_t page = walk.at;
-    if (page >= walk.known) look_up(walk);
-    const int64_t nth = page - walk.known + 512;
-    const bool skipped = walk.skip[nth / 64] >> nth % 64 & 1;
-    const int64_t physical = skipped ? -1 : walk.table[page];
-    const int64_t first = page * PAGE_SIZE;
-    const int64_t from = larger(walk.slot, block.low - first);
-    const int64_t to = smaller(PAGE_SIZE, block.high - first);
-    if (physical < 0 || from >= to) {
-      ++walk.at;
-      walk.slot = 0;
-      continue;
+// Gathers the next keys; an empty tile is the end. A page is one key: the pages to read are found
+// in one pass without a branch, and all else follows from their slots in the pools.
+void fill(const AttendArgs& a, const Block&, Walk& walk, Tile<T>& tile) {
+  int32_t slot[TILE];
+  int count = 0;
+  while (count < TILE && walk.at < walk.end) {
+    if (walk.at >= walk.known) look_up(walk);
+    const int64_t first = walk.known - 512, to = smaller(walk.end, walk.known);
+    for (; walk.at < to && count < TILE; ++walk.at) {
+      const int64_t nth = walk.at - first;
+      slot[count] = walk.table[walk.at];
+      count += slot[count] >= 0 && !(walk.skip[nth / 64] >> nth % 64 & 1);
     }
-    if (!tile.count) tile.base = first + from;
-    const int64_t until = smaller(to, from + TILE - tile.count);
-    const int64_t slot = physical * PAGE_SIZE - first;  // in the pools, of the sequence's slot 0
-    for (int64_t s = first + from; s < first + until; ++s, ++tile.count) {
-      tile.place[tile.count] = static_cast<float>(s - tile.base);
-      tile.key[tile.count] = static_cast<const T*>(a.key_pages) + (slot + s) * KEY_DIM;
-      tile.value[tile.count] = static_cast<const T*>(a.value_pages) + (slot + s) * VALUE_DIM;
-      tile.bias[tile.count] = a.bias[slot + s];
-    }
-    walk.slot = until;
-    if (until == to) {
-      ++walk.at;
-      walk.slot = 0;
-    }
+  }
+  tile.count = count;
+  for (int k = 0; k < count; ++k) {
+    tile.place[k] = 0;
+    tile.key[k] = static_cast<const T*>(a.key_pages) + int64_t{slot[k]} * KEY_DIM;
+    tile.value[k] = static_cast<const T*>(a.value_pages) + int64_t{slot[k]} * VALUE_DIM;
+    tile.bias[k] = a.bias[slot[k]];
   }
   for (int k = tile.count; tile.count && k % LANES; ++k) {
     tile.place[k] = INFINITE;
@@ -172,6 +159,16 @@ int64_t query_number(const AttendArgs& a, const Block& block, int row, int head)
   return (block.sequence * a.memory.kv_heads * GROUP + h) * a.memory.rows + block.row + row;
 }
 
+// Brings keys first .. last - 1 of a tile near, or some of their columns, and their values side by
+// side with them: memory gives two sequences at a time faster than one.
+MEMCOMPILE_INLINE void fetch(const Tile<T>& tile, int first, int last, int begin = 0,
+                             int end = KEY_DIM) {
+  for (int k = first; k < last; ++k) {
+    prefetch_l2(tile.key[k], begin, end);
+    prefetch_l2(tile.value[k], begin, end);
+  }
+}
+
 // Reads one tile for R queries, the first of which is q.
 template <int R>
 MEMCOMPILE_INLINE void read_band(const AttendArgs& a, Block& block, int q, const Tile<T>& tile,
@@ -181,32 +178,23 @@ MEMCOMPILE_INLINE void read_band(const AttendArgs& a, Block& block, int q, const
   vec logits[TILE / K];
   vec peak = block.peak[q];
 
-  // [R, Dk] @ [Dk, K] -> [R, K]. The first band asks for the next tile: its keys while this one's
-  // are read, its values along with the values, a little at a time. Asked for all at once, or not
-  // at all, they would leave the memory idle while a tile is computed.
+  // [R, Dk] @ [Dk, K] -> [R, K]. The first band fetches half of the next tile, a line here and
+  // a line there: many at once keep this tile's own loads waiting, none leave the memory idle.
   for (int s = 0; s < steps; ++s) {
-    if (q == 0) {
-      for (int k = s * K; k < (s + 1) * K; ++k) prefetch_l2(next.key[k], 0, KEY_DIM);
-    }
-    logits[s] = dots<T, KEY_DIM, R>(block.query + q * QUERY_STRIDE, QUERY_STRIDE, tile.key + s * K);
+    const auto ahead = [&](int begin, int end) __attribute__((always_inline)) {
+      if (q == 0) fetch(next, s * K / 2, (s + 1) * K / 2, begin, end);
+    };
+    logits[s] = dots<T, KEY_DIM, R>(block.query + q * QUERY_STRIDE, QUERY_STRIDE, tile.key + s * K,
+                                    ahead);
     logits[s] = logits[s] * all(a.scale);
     logits[s] = logits[s] + load_repeated<K>(tile.bias + s * K);
   }
 
-  // Keys that only some of the queries see, and what fills up the last vector.
-  const int64_t last = tile.base + static_cast<int64_t>(tile.place[tile.count - 1]);
-  const bool all_seen = tile.base >= block.begin && last < block.end;
-  if (!all_seen || tile.count % K) {
-    float start[LANES], stop[LANES];
-    for (int i = 0; i < LANES; ++i) {
-      start[i] = static_cast<float>(block.start[q + i / K] - tile.base);
-      stop[i] = static_cast<float>(block.stop[q + i / K] - tile.base);
-    }
-    for (int s = 0; s < steps; ++s) {
-      const vec place = load_repeated<K>(tile.place + s * K);
-      const mask seen = both(less(place, load(stop)), less(load(start), place + all(1)));
-      logits[s] = select(seen, logits[s], all(-INFINITE));
-    }
+  // A block is one row, and the tile was cut to what it sees: only what fills up the last vector
+  // is seen by none.
+  if (tile.count % K) {
+    const mask seen = less(load_repeated<K>(tile.place + (steps - 1) * K), all(1));
+    logits[steps - 1] = select(seen, logits[steps - 1], all(-INFINITE));
   }
 
   // Online softmax. A row that has seen nothing yet keeps a peak of -inf.
@@ -225,15 +213,15 @@ MEMCOMPILE_INLINE void read_band(const AttendArgs& a, Block& block, int q, const
   block.total[q] = total;
   block.rounded[q] = rounded;
 
-  // [R, TILE] @ [TILE, Dv] -> [R, Dv]
+  // [R, TILE] @ [TILE, Dv] -> [R, Dv]; the first band fetches the other half.
   float kept[LANES], by_row[R];
   store(kept, keep);
   for (int r = 0; r < R; ++r) by_row[r] = kept[r * K];
   const auto ahead = [&](int k, int column, int columns) __attribute__((always_inline)) {
     if (q) return;
-    const int begin = (column * TILE + k * columns) / VALUE_DIM;
-    const int end = (column * TILE + (k + Mix<T>::KEYS) * columns) / VALUE_DIM;
-    for (int i = begin; i < end; ++i) prefetch_l2(next.value[i], 0, VALUE_DIM);
+    const int begin = (column * TILE + k * columns) / (2 * VALUE_DIM);
+    const int end = (column * TILE + (k + Mix<T>::KEYS) * columns) / (2 * VALUE_DIM);
+    fetch(next, TILE / 2 + begin, TILE / 2 + end);
   };
   mix<T, VALUE_DIM, R>(tile, weight, by_row, block.out + q * OUT_STRIDE, OUT_STRIDE, ahead);
 }
@@ -327,7 +315,9 @@ void read(const void* args, int64_t item, int64_t end) {
     walk.known = walk.at;
 
     int now = 0;
-    for (fill(a, block, walk, tiles[0]); tiles[now].count; now = 1 - now) {
+    fill(a, block, walk, tiles[0]);
+    fetch(tiles[0], 0, tiles[0].count);
+    for (; tiles[now].count; now = 1 - now) {
       fill(a, block, walk, tiles[1 - now]);
       read_tile(a, block, tiles[now], tiles[1 - now]);
     }

@@ -129,10 +129,8 @@ void read_queries(const ScoreSelectArgs& a, Block& block) {
   }
 }
 
-// Brings a record near, but not into the first cache: that costs more than it gains.
-MEMCOMPILE_INLINE void fetch(const T* record) { __builtin_prefetch(record, 0, 2); }
-
-// Q queries times PAGES records: scores[t * CHUNK + p]. While it is at it, it fetches others.
+// Q queries times PAGES records: scores[t * CHUNK + p]. The first queries to meet a record ask for
+// one further on, into the second level: asking for the first costs more than it gains.
 template <int Q>
 MEMCOMPILE_INLINE void dot_tile(const Block& block, int q, const Records& records,
                                 const int64_t* page, float* scores) {
@@ -149,7 +147,9 @@ MEMCOMPILE_INLINE void dot_tile(const Block& block, int q, const Records& record
     }
 #pragma GCC unroll 4
     for (int p = 0; p < PAGES; ++p) {
-      if (q == 0) fetch(records.mean + page[p + AHEAD] * KEY_DIM + d);
+      if (q == 0) {
+        prefetch_l2(records.mean + page[p + AHEAD] * KEY_DIM, d, smaller(d + WIDTH, KEY_DIM));
+      }
       const Operand record = Dot<T>::load(records.mean + page[p] * KEY_DIM + d, KEY_DIM - d);
 #pragma GCC unroll 4
       for (int t = 0; t < Q; ++t) {
@@ -162,7 +162,9 @@ MEMCOMPILE_INLINE void dot_tile(const Block& block, int q, const Records& record
     }
 #pragma GCC unroll 4
     for (int p = 0; p < PAGES; ++p) {
-      if (q == 0) fetch(records.std + page[p + AHEAD] * KEY_DIM + d);
+      if (q == 0) {
+        prefetch_l2(records.std + page[p + AHEAD] * KEY_DIM, d, smaller(d + WIDTH, KEY_DIM));
+      }
       const Operand record = Dot<T>::load(records.std + page[p] * KEY_DIM + d, KEY_DIM - d);
 #pragma GCC unroll 4
       for (int t = 0; t < Q; ++t) {
@@ -242,10 +244,8 @@ void score_pages(const ScoreSelectArgs& a, const Block& block, int64_t begin, in
     }
     if (first == begin) {
       for (int p = 0; p < AHEAD; ++p) {
-        for (int d = 0; d < KEY_DIM; d += 64 / int{sizeof(T)}) {
-          fetch(records.mean + page[p] * KEY_DIM + d);
-          fetch(records.std + page[p] * KEY_DIM + d);
-        }
+        prefetch_l2(records.mean + page[p] * KEY_DIM, 0, KEY_DIM);
+        prefetch_l2(records.std + page[p] * KEY_DIM, 0, KEY_DIM);
       }
     }
     score_chunk(a, block, page, physical + first, static_cast<int>(smaller(CHUNK, left)),

@@ -170,18 +170,23 @@ def test_the_same_whatever_the_threads(operators) -> None:
 
 
 def test_a_write_replaces_what_was_forgotten(operators) -> None:
-    """After a rewind the open page's record knows nothing of the tokens that are gone."""
+    """After a rewind the page that fills anew has the record of its new tokens alone."""
     spec = SPECS[1]
-    laid, other = (lay_out(spec, Shape((30,), (7,), rows=7, seed=seed)) for seed in (0, 1))
+    laid, other = (lay_out(spec, Shape((45,), (7,), rows=7, seed=seed)) for seed in (0, 1))
     rewound, fresh = empty(laid), empty(laid)
-    append(laid, rewound, [37], operators[spec])
+    append(laid, rewound, [52], operators[spec])
     append(laid, fresh, [33], operators[spec])
-    new = [tokens(other, pool, [33], [35]) for pool in ("key_pages", "value_pages")]
-    at = (torch.tensor([33], dtype=torch.int32), torch.tensor([2], dtype=torch.int32))
-    for pools in (rewound, fresh):
-        operators[spec](*new, laid.given["page_table"], *at, *pools[:2], *pools[2])
+    old = [pool.clone() for pool in rewound[2]]
+    for begin, end in (([33], [40]), ([40], [48])):
+        new = [tokens(other, pool, begin, end) for pool in ("key_pages", "value_pages")]
+        position = torch.tensor(begin, dtype=torch.int32)
+        lengths = torch.tensor(end, dtype=torch.int32) - position
+        for pools in (rewound, fresh):
+            table = laid.given["page_table"]
+            operators[spec](*new, table, position, lengths, *pools[:2], *pools[2])
     assert rewound[0].isfinite().sum() > fresh[0].isfinite().sum()  # what is gone lies there still
     assert all(map(torch.equal, map(bits, rewound[2]), map(bits, fresh[2])))
+    assert not torch.equal(bits(rewound[2][0]), bits(old[0]))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -89,9 +89,7 @@ def test_any_layout(operator) -> None:
         F.linear(input.double(), weight.double()), reduction=32,
     )  # fmt: skip
     bias = torch.randn(12).bfloat16()[::2]
-    assert torch.equal(
-        operator(input, weight, bias), operator(input, weight, bias.contiguous())
-    )
+    assert torch.equal(operator(input, weight, bias), operator(input, weight, bias.contiguous()))
 
 
 def test_other_dtypes_are_left_to_torch(operator) -> None:
@@ -112,9 +110,9 @@ def test_nothing_spreads(operator) -> None:
 
 def test_what_is_wrong_is_said_by_torch(operator) -> None:
     weight = torch.randn(6, 32).bfloat16()
-    with pytest.raises(RuntimeError, match="mat1 and mat2|shapes|size"):
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2|shapes|size"):
         operator(torch.randn(4, 31).bfloat16(), weight, None)
-    with pytest.raises(RuntimeError, match="dtype|type"):
+    with pytest.raises(RuntimeError, match="type"):
         operator(torch.randn(4, 32), weight, None)
     with pytest.raises(RuntimeError):
         operator(torch.randn(4, 32).bfloat16(), weight, torch.randn(5).bfloat16())

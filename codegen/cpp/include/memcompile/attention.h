@@ -25,16 +25,18 @@ struct Tile {
   const T* value[TILE];
 };
 
-// R queries times K keys: lane r * K + k is their dot product.
-template <class T, int DIM, int R>
+// R queries times K keys: lane r * K + k is their dot product. `ahead` is told of each step: the
+// columns that are multiplied.
+template <class T, int DIM, int R, class Ahead>
 MEMCOMPILE_INLINE vec dots(const typename Dot<T>::Stored* query, int64_t stride,
-                           const T* const* key) {
+                           const T* const* key, const Ahead& ahead) {
   constexpr int K = LANES / R, WIDTH = Dot<T>::WIDTH;
   vec partial[LANES];
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) partial[i] = zero();
 #pragma GCC unroll 4
   for (int d = 0; d < DIM; d += WIDTH) {
+    ahead(d, d + WIDTH);
     typename Dot<T>::Operand q[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) q[r] = Dot<T>::load(query + r * stride + d);

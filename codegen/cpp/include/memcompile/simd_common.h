@@ -96,7 +96,8 @@ struct Mix {
   }
 };
 
-// Asks for the cache lines of p[begin] .. p[end - 1], into the first or the second level.
+// Asks for the cache line of p into the first level, or, where p starts a line, for those that
+// start at p[begin] .. p[end - 1] into the second.
 template <class T>
 MEMCOMPILE_INLINE void prefetch(const T* p) {
   __builtin_prefetch(p, 0, 3);
@@ -105,7 +106,9 @@ template <class T>
 MEMCOMPILE_INLINE void prefetch_l2(const T* p, int begin, int end) {
   constexpr int LINE = 64 / static_cast<int>(sizeof(T));
 #pragma GCC unroll 4
-  for (int i = begin; i < end; i += LINE) __builtin_prefetch(p + i, 0, 2);
+  for (int i = (begin + LINE - 1) / LINE * LINE; i < end; i += LINE) {
+    __builtin_prefetch(p + i, 0, 2);
+  }
 }
 
 }  // inline namespace MEMCOMPILE_SIMD
