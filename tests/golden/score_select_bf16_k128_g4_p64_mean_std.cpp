@@ -29,8 +29,8 @@ constexpr int QUERIES = ROWS * GROUP;
 constexpr int WIDTH = Dot<T>::WIDTH;
 constexpr int STRIDE = (KEY_DIM + 31) / 32 * 32;  // of a block's queries
 constexpr int CHUNK = 128;  // pages that are scored in one go
-constexpr int PAGES = 2;  // that up to four queries meet in registers
-constexpr int AHEAD = 16;  // pages whose records are fetched in advance
+constexpr int PAGES = 2;    // that up to four queries meet in registers
+constexpr int AHEAD = 16;   // pages whose records are asked for in advance
 
 constexpr int32_t NEVER = INT32_MIN;  // the key of a page that cannot be selected
 
