@@ -43,9 +43,12 @@ def lower(
         RuntimeError: kernels="required", and a kernel or a graph could not be made.
     """
     lowered = Lowered()
-    if kernels == "off":
-        lowered.references.append("kernels=off")
-        lowered.inductor = dict.fromkeys(graphs, "kernels=off")
+    why = "kernels=off" if kernels == "off" else uncovered(layouts)
+    if why:
+        if kernels == "required":
+            raise RuntimeError(f"kernels='required', but {why}")
+        lowered.references.append(why)
+        lowered.inductor = dict.fromkeys(graphs, why)
         return {**graphs}, lowered
     names = {id(graph): name for name, graph in reversed(graphs.items())}
     traced: dict[str, Traced] = {}
@@ -75,6 +78,13 @@ def lower(
             elif first != name:
                 steps[name], lowered.inductor[name] = steps[first], lowered.inductor[first]
     return steps, lowered
+
+
+def uncovered(layouts: Sequence[SiteLayout]) -> str:
+    """Why a whole model runs on its references, or nothing."""
+    if any(layout.dtype == torch.float64 for layout in layouts):
+        return "the model is float64: what Inductor makes of its float32 parts is not eager's"
+    return ""
 
 
 @dataclass
@@ -212,7 +222,7 @@ def load_linear(device: torch.device, kernels: str) -> Any:
         return None
     try:
         return codegen.load_linear()
-    except RuntimeError as reason:
+    except (RuntimeError, OSError) as reason:
         if kernels == "required":
             raise RuntimeError(f"kernels='required', but {reason}") from reason
         return None  # put_kernels meets the same reason and reports it
@@ -238,6 +248,11 @@ def put_kernels(
                 continue
             wanted.append((name, node, spec, bind(family, node.args)))
     lowered.references = [*dict.fromkeys(lowered.references)]
+    if lowered.references:
+        reasons = "; ".join(lowered.references)
+        warnings.warn(
+            f"parts of the memory run on references, which is slow: {reasons}", stacklevel=2
+        )
     if not wanted:
         return
     operators = load_kernels({spec for _, _, spec, _ in wanted}, device, kernels, lowered)
@@ -252,6 +267,8 @@ def put_kernels(
         node.meta.pop("eager_input_vals", None)
         counted = calls.setdefault(spec, {})
         counted[name] = counted.get(name, 0) + 1
+    for step in traced.values():
+        step.graph.recompile()  # the cache's key, and what runs without Inductor, is its code
     for spec, counted in sorted(calls.items(), key=lambda pair: pair[0].name):
         source = str(codegen.path(spec, device.type))
         debug(3, lambda s=spec, at=source: f"{s.name}: {at}")  # type: ignore[misc]
@@ -264,7 +281,7 @@ def load_kernels(
     """The kernels' operators, or None when they cannot be built and need not be."""
     try:
         return codegen.load(specs, device.type)
-    except (RuntimeError, ImportError, NotCovered) as reason:
+    except (RuntimeError, ImportError, OSError, NotCovered) as reason:
         if kernels == "required":
             raise RuntimeError(f"kernels='required', but {reason}") from reason
         text = " ".join(str(reason).split())

@@ -104,16 +104,16 @@ def compiler() -> Compiler:
 
 @cache
 def _compiler(given: str, path: str) -> Compiler:
-    candidates = [shlex.split(given)] if given.strip() else [[name] for name in COMPILERS]
+    try:
+        candidates = [shlex.split(given)] if given.strip() else [[name] for name in COMPILERS]
+    except ValueError as error:
+        raise NoCompiler(f"$CXX is {given!r}, which is no command: {error}; mend it") from error
     for command in candidates:
         found = shutil.which(command[0], path=path)
         if not found:
             continue
         asked = (found, *command[1:])
-        answer = subprocess.run((*asked, "--version"), capture_output=True, text=True)
-        if answer.returncode:
-            _fail((*asked, "--version"), answer.stdout + answer.stderr)
-        lines = answer.stdout.splitlines()
+        lines = _run((*asked, "--version")).splitlines()[1:]
         return Compiler(asked, lines[0] if lines else "")
     looked = (
         f"$CXX is {given!r}, which is not there"
@@ -148,7 +148,7 @@ def _included(text: str) -> Mapping[str, str]:
     while waiting:
         name = waiting.pop()
         if name not in found and (INCLUDE / "memcompile" / name).exists():
-            found[name] = (INCLUDE / "memcompile" / name).read_text()
+            found[name] = (INCLUDE / "memcompile" / name).read_text(encoding="utf-8")
             waiting += re.findall(r'#include "(?:memcompile/)?([^"]+)"', found[name])
     return found
 
@@ -188,7 +188,7 @@ def _submit(
     built[library] = done
     place = store.root() / "cpp" / f"{library.name}-{_key(library, by)}"
     shared = place / f"{library.name}.so"
-    if shared.exists():
+    if store.intact(place):
         done.set_result(shared)
         return done
 
@@ -217,7 +217,7 @@ def _make(
     objects, running = [], []
     for unit in library.units:
         source = place / unit.name
-        source.write_text(unit.text)
+        source.write_text(unit.text, encoding="utf-8")
         for isa in unit.isas or ("",):
             made = place / f"{source.stem}{'.' + isa if isa else ''}.o"
             flags = (*FLAGS, *unit.flags, f"-I{INCLUDE}")
@@ -232,16 +232,18 @@ def _make(
     command = (*by.command, "-shared", *map(str, objects), *map(str, others), *library.link)
     command += (f"-Wl,-soname,{target.name}", "-o", str(target))
     log.append(pool.submit(_run, command).result())
-    (place / "build.log").write_text("\n".join(log))
+    (place / "build.log").write_text("\n".join(log), encoding="utf-8")
     for made in objects:
         made.unlink()
 
 
 def _run(command: Sequence[str]) -> str:
     try:
-        answer = subprocess.run(command, capture_output=True, text=True)
+        answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     except OSError as error:
-        raise BuildFailed(f"{shlex.join(command)}\ncould not be started: {error}") from error
+        raise BuildFailed(
+            f"{shlex.join(command)}\ncould not be started: {error}; point $CXX at a C++ compiler"
+        ) from error
     said = answer.stdout + answer.stderr
     if answer.returncode:
         _fail(command, said)

@@ -23,7 +23,9 @@ def library() -> build.Library:
 
 @cache
 def _library(isas: tuple[str, ...]) -> build.Library:
-    kernel, operator = ((build.HERE / name).read_text() for name in ("linear.cpp", "linear_op.cpp"))
+    kernel, operator = (
+        (build.HERE / name).read_text(encoding="utf-8") for name in ("linear.cpp", "linear_op.cpp")
+    )
     units = (
         build.Unit("linear.cpp", kernel, isas),
         build.Unit("linear_op.cpp", operator, flags=loader.torch_flags()),

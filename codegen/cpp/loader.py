@@ -62,7 +62,7 @@ def runtime() -> build.Library:
     """The library that makes operators of kernels; it depends on torch's version."""
     name = "runtime.cpp"
     flags = torch_flags()
-    unit = build.Unit(name, (build.HERE / name).read_text(), flags=flags)
+    unit = build.Unit(name, (build.HERE / name).read_text(encoding="utf-8"), flags=flags)
     return build.Library("libmemcompile_runtime", (unit,), link=torch_link(), versions=_versions())
 
 
@@ -120,8 +120,13 @@ def _fields(spec: KernelSpec) -> list[tuple[str, str, int]]:
 
 @cache
 def _open(shared: Path) -> ctypes.CDLL:
-    torch.ops.load_library(shared)
-    return ctypes.CDLL(str(shared))
+    try:
+        torch.ops.load_library(shared)
+        return ctypes.CDLL(str(shared))
+    except OSError as error:
+        raise build.BuildFailed(
+            f"{shared} was built but cannot be loaded: {error}; delete its folder to build it again"
+        ) from error
 
 
 def load(specs: Iterable[KernelSpec]) -> dict[KernelSpec, torch._ops.OpOverload]:

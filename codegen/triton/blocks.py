@@ -180,7 +180,7 @@ def table(spec: KernelSpec, target: str) -> dict[str, Launch]:
 def tuned(spec: KernelSpec, target: str) -> dict[str, Any]:
     """What `tune` kept for a spec on a target: by role, constants and [warps, stages]."""
     path = tuned_path(spec, target)
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
 
 

@@ -122,6 +122,6 @@ def write(spec: KernelSpec, module: str) -> Path:
     name = f"{spec.name}.py"
 
     def fill(folder: Path) -> None:
-        (folder / name).write_text(module)
+        (folder / name).write_text(module, encoding="utf-8")
 
     return store.publish(store.root() / "triton" / store.key(module), fill) / name

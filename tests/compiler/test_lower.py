@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -218,8 +219,7 @@ def test_when_inductor_gives_up_the_step_runs_operation_by_operation(
 
 def test_what_no_template_covers_is_reported_and_required_refuses_it() -> None:
     odd = decoder(dim=12)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning, match="references, which is slow: append_index: key_dim 12"):
         compiled = build(odd, "dense", kernels="auto")
     assert compiled.report.lowered.references == [
         f"{op}: key_dim 12; kernels cover multiples of 8 up to 576"
@@ -227,6 +227,68 @@ def test_what_no_template_covers_is_reported_and_required_refuses_it() -> None:
     ]
     with pytest.raises(RuntimeError, match="kernels='required', but append_index: key_dim 12"):
         build(odd, "dense", kernels="required")
+
+
+def test_float64_models_run_on_their_references() -> None:
+    compiled = build(decoder(torch.float64), "dense", kernels="auto")
+    assert compiled.report.lowered.references[0].startswith("the model is float64")
+    with pytest.raises(RuntimeError, match="kernels='required', but the model is float64"):
+        build(decoder(torch.float64), "dense", kernels="required")
+
+
+def called(run: Callable[[], object]) -> set[str]:
+    """The memory's operators, of either kind, that run."""
+    with torch.profiler.profile() as profile:
+        run()
+    names = {event.name for event in profile.events()}
+    return {name for name in names if name.startswith("memcompile")}
+
+
+@pytest.mark.parametrize("order", [("auto", "required"), ("required", "auto")])
+def test_inductors_cache_tells_kernels_from_references(
+    order: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same graph twice through one cache: with kernels, and where none can be built."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    real = codegen.load
+
+    def none(*args: object) -> None:
+        raise NoCompiler("no C++ compiler")
+
+    for kind in order:
+        monkeypatch.setattr(codegen, "load", none if kind == "auto" else real)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled = build(decoder(layers=1), "dense", kernels=kind, check=False)
+        engine = compiled.engine()
+        ran = called(lambda e=engine: e(tokens(1, 3)))  # type: ignore[misc]
+        space = "memcompile::" if kind == "auto" else "memcompile_cpp::"
+        assert len(ran) == 2 and all(name.startswith(space) for name in ran), (kind, ran)
+
+
+def test_kernels_run_where_inductor_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise ValueError("cannot lower")
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", fails)
+    with pytest.warns(UserWarning, match="operation by operation"):
+        engine = build(decoder(layers=1), "dense", kernels="auto", check=False).engine()
+    ran = called(lambda: engine(tokens(1, 3)))
+    assert len(ran) == 2 and all(name.startswith("memcompile_cpp::") for name in ran)
+
+
+def test_a_cache_that_cannot_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEMCOMPILE_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(codegen, "load_linear", lambda: None)
+    odd = decoder(dim=40, layers=1)  # a spec that no other test has loaded
+    with pytest.warns(UserWarning, match="cannot be written.*MEMCOMPILE_CACHE"):
+        compiled = build(odd, "dense", kernels="auto", check=False)
+    assert "point $MEMCOMPILE_CACHE at a folder" in compiled.report.lowered.references[0]
 
 
 def test_graphs_that_are_one_object_are_lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:

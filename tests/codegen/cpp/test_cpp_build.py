@@ -203,7 +203,7 @@ def test_publishing_drops_what_fails(empty: Path) -> None:
     assert not list(empty.iterdir())
     cache.publish(empty / "thing", lambda folder: (folder / "whole").write_text("1") and None)
     cache.publish(empty / "thing", fail)
-    assert [path.name for path in empty.rglob("*")] == ["thing", "whole"]
+    assert {path.name for path in empty.rglob("*")} == {"thing", "whole", cache.SUMS}
 
 
 @pytest.mark.parametrize(
@@ -237,3 +237,56 @@ def test_threads_are_torchs_own() -> None:
     assert "libtorch_cpu" in needed.stdout
     assert "gomp" not in needed.stdout and "libomp" not in needed.stdout
     assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.parametrize("harm", ["cut off", "missing", "another byte"])
+def test_what_was_damaged_in_the_cache_is_built_again(empty: Path, harm: str) -> None:
+    (first,) = build.build([small()])
+    whole = first.read_bytes()
+    if harm == "missing":
+        first.unlink()
+    else:
+        first.write_bytes(whole[:100] if harm == "cut off" else whole[:-1] + b"?")
+    assert not cache.intact(first.parent)
+    (again,) = build.build([small()])
+    assert again == first and cache.intact(again.parent)
+    assert len(again.read_bytes()) == len(whole)
+    assert [folder.name for folder in again.parent.parent.iterdir()] == [again.parent.name]
+
+
+def test_what_is_no_compiler_is_refused(
+    empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    garbage = tmp_path / "garbage"
+    garbage.write_bytes(b"\x00\x01\x02")
+    garbage.chmod(0o755)
+    monkeypatch.setenv("CXX", str(garbage))
+    with pytest.raises(build.BuildFailed, match=r"could not be started.*point \$CXX at"):
+        build.build([small()])
+    monkeypatch.setenv("CXX", 'g++ "unfinished')
+    with pytest.raises(build.NoCompiler, match="is no command: No closing quotation"):
+        build.build([small()])
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEMCOMPILE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OSError, match=r"cannot be written.*point \$MEMCOMPILE_CACHE at"):
+        build.build([small()])
+
+
+def test_a_locale_without_unicode(tmp_path: Path) -> None:
+    env = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    text = f"""
+        from memcompile.codegen import cpp
+        from memcompile.codegen.spec import KernelSpec
+        spec = KernelSpec.from_json({SPEC.to_json()!r})
+        print(len(cpp.source(spec)), cpp.runtime().name)
+        score = KernelSpec("score_select", key_dim=8, page_size=8, score="ball")
+        print(len(cpp.source(score).encode()), cpp.path(score).name)
+    """
+    ran = python(text, **env)
+    out, error = ran.communicate()
+    assert ran.returncode == 0 and len(out.splitlines()) == 2, error
