@@ -24,6 +24,7 @@ from .report import Lowered, stage
 from .settings import debug
 
 Step = Callable[..., tuple[Tensor, ...]]
+SIXTEEN = (torch.bfloat16, torch.float16)
 
 
 def lower(
@@ -54,7 +55,7 @@ def lower(
     traced: dict[str, Traced] = {}
     steps: dict[str, Step] = {}
     with stage(timings, "kernels"):
-        linear = load_linear(device, kernels)
+        linear, untold = load_linear(graphs.values(), device, kernels)
     with stage(timings, "trace"):
         for name, graph in graphs.items():
             if names[id(graph)] == name:
@@ -66,6 +67,9 @@ def lower(
                     lowered.references.append(f"the {name} step cannot be traced")
     with stage(timings, "kernels"):
         put_kernels(traced, device, kernels, lowered)
+    if untold and untold not in lowered.references:
+        lowered.references.append(f"linear layers are torch's own: {untold}")
+        warnings.warn(lowered.references[-1], stacklevel=2)
     if linear is not None:
         streamed = [weight for step in traced.values() for weight in step.weights]
         for weight in {weight.data_ptr(): weight for weight in streamed}.values():
@@ -213,19 +217,22 @@ def _streams_weights(node: fx.Node, weights: Mapping[str, Tensor]) -> bool:
     if not all(n.op == "get_attr" for n in held):
         return False
     tensors = [weights[str(n.target)] for n in held]
-    return all(t.is_contiguous() and t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
+    return all(t.is_contiguous() and t.dtype in SIXTEEN for t in tensors)
 
 
-def load_linear(device: torch.device, kernels: str) -> Any:
-    """The operator that reads 16-bit weights at memory speed, where there is one."""
-    if device.type != "cpu":
-        return None
+def load_linear(
+    graphs: Iterable[fx.GraphModule], device: torch.device, kernels: str
+) -> tuple[Any, str]:
+    """The operator that reads 16-bit weights at memory speed, or None; and why it is missing."""
+    sixteen = any(weight.dtype in SIXTEEN for graph in graphs for weight in graph.parameters())
+    if device.type != "cpu" or not sixteen:
+        return None, ""
     try:
-        return codegen.load_linear()
+        return codegen.load_linear(), ""
     except (RuntimeError, OSError) as reason:
         if kernels == "required":
             raise RuntimeError(f"kernels='required', but {reason}") from reason
-        return None  # put_kernels meets the same reason and reports it
+        return None, " ".join(str(reason).split())
 
 
 def put_kernels(

@@ -28,7 +28,7 @@ class Lowered:
 
     Attributes:
         kernels: one entry a generated kernel: name, source file, calls by graph.
-        references: why memory operations run on their references, a reason each.
+        references: what runs on references or torch's own operations, a reason each.
         inductor: by graph, "lowered", or why it runs operation by operation.
     """
 
@@ -46,7 +46,7 @@ class Lowered:
             calls = sum(sum(kernel["calls"].values()) for kernel in self.kernels)
             lines.append(f"kernels: {len(self.kernels)} generated, called {calls} times a step")
             lines += [f"  - {kernel['name']}: {kernel['source']}" for kernel in self.kernels]
-        lines += [f"memory on reference operations: {reason}" for reason in self.references]
+        lines += [f"not generated: {reason}" for reason in self.references]
         eager = {reason for reason in self.inductor.values() if reason != "lowered"}
         return lines + [f"step graph runs operation by operation: {r}" for r in sorted(eager)]
 

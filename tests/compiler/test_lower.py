@@ -191,7 +191,7 @@ def test_without_a_compiler_the_references_run_and_it_is_said(
     with pytest.warns(UserWarning, match="references, which are slow: no C\\+\\+ compiler"):
         compiled = build(decoder(), "scout", kernels="auto", **SCOUT)
     assert compiled.report.lowered.references == ["no C++ compiler: install one"]
-    assert "memory on reference operations: no C++ compiler" in str(compiled.report)
+    assert "not generated: no C++ compiler" in str(compiled.report)
     engine = compiled.engine()
     engine.prefill(tokens(1, 200))
     assert engine(tokens(1, 1)).shape == (1, 1, VOCABULARY)
@@ -316,6 +316,20 @@ def test_the_policy_runs_the_dense_graph_until_it_has_something_to_skip() -> Non
         engine(tokens(1, n))
     assert ran == ["dense", "dense", "policy"]
     assert engine.stats().tokens == {"dense": 0, "policy": 65}
+
+
+def test_linear_layers_that_stay_torchs_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("the compiler failed")
+
+    monkeypatch.setattr(codegen, "load_linear", fails)
+    with pytest.warns(UserWarning, match="linear layers are torch's own: the compiler failed"):
+        compiled = build(decoder(torch.bfloat16, layers=1), "dense", kernels="auto", check=False)
+    assert compiled.report.lowered.references == [
+        "linear layers are torch's own: the compiler failed"
+    ]
+    assert compiled.report.lowered.kernels
+    build(decoder(layers=1), "dense", kernels="required", check=False)  # float32 needs none
 
 
 def test_linear_layers_with_16_bit_weights_stream_them() -> None:
