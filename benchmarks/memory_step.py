@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from ..codegen.spec import KernelSpec, specialise
 from ..models.memory.read import SiteTensors, emit_read, emit_write
 from ..models.memory.spec import Memory
+from ..models.ops import FAMILIES
 from ..runtime.memory_state import MemoryState, SiteLayout
 
 # Gives the kernel of each spec; None: the reference operations run.
@@ -42,10 +43,8 @@ class Printer:
         label = getattr(target, "__name__", "").split(".")[0]
         if isinstance(target, torch._ops.OpOverload) and target.namespace == "memcompile":
             label = target._schema.name.split("::")[1]
-            if label == "attend" and args[12] != 1:
-                label = "attend_records"
             if self.load is not None:
-                spec, given = specialise(target._schema.name.split("::")[1], args)
+                spec, given = specialise(FAMILIES[target], args)
                 target = self.load([spec])[spec]
                 self.specs.append(spec)
         value = target(*given)

@@ -56,12 +56,15 @@ def fake(spec: KernelSpec) -> Callable[..., Any]:
         pages = given["pages" if spec.pages == "listed" else "page_table"].shape[-1]
         return out, lse, query.new_empty((*query.shape[:3], pages), dtype=torch.float32)
 
-    def score_select(*args: Any) -> Tensor:
+    def score_select(*args: Any) -> Tensor | tuple[Tensor, Tensor]:
         given = dict(zip(names, args, strict=True))
         query, heads = given["query"], given["page_table"].shape[1]
         shape = (query.shape[0], heads, query.shape[2], given["capacity"])
         selected: Tensor = query.new_empty(shape, dtype=torch.int32)
-        return selected
+        if not spec.page_logits:
+            return selected
+        pages = given["page_table"].shape[2]
+        return selected, query.new_empty((*query.shape[:3], pages), dtype=torch.float32)
 
     def append_index(*args: Any) -> None:
         return None

@@ -51,6 +51,9 @@ class KernelSpec:
         bias: attend adds bias [P, page_size] to the logits, after softcap.
         softcap, window: whether the operation takes that argument.
         page_lse: attend also returns each page's part of the log-sum-exp.
+        summaries: attend reads every full page that is not listed as one key, its record.
+        page_logits: score_select also returns the product of each query with each page's mean key,
+            which is what `summaries` need of the mean.
         fields: append_index writes these, in this order.
         score: the score of score_select, a key of SCORE_TERMS.
         count: reads that combine merges.
@@ -69,6 +72,8 @@ class KernelSpec:
     softcap: bool = False
     window: bool = False
     page_lse: bool = False
+    summaries: bool = False
+    page_logits: bool = False
     fields: tuple[str, ...] = ()
     score: str = ""
     count: int = 0
@@ -113,9 +118,10 @@ class KernelSpec:
         if self.op == "attend":
             parts += [f"span{self.span}"] if self.span != 1 else []
             parts += [self.pages] if self.pages != "all" else []
-            flags = ("bias", "softcap", "window", "page_lse")
+            flags = ("bias", "softcap", "window", "page_lse", "summaries")
             parts += [flag for flag in flags if getattr(self, flag)]
         parts += [self.score.replace("-", "_")] if self.score else []
+        parts += ["page_logits"] if self.page_logits else []
         parts += self.fields
         parts += [f"x{self.count}"] if self.op == "combine" else []
         return "_".join(parts)
@@ -128,7 +134,8 @@ class KernelSpec:
     @property
     def score_fields(self) -> tuple[str, ...]:
         """The index fields score_select reads, in the order of its arguments."""
-        return SCORE_FIELDS[self.score]
+        fields = SCORE_FIELDS[self.score]
+        return fields if "mean" in fields or not self.page_logits else ("mean", *fields)
 
     @property
     def arguments(self) -> tuple[tuple[str, str], ...]:
@@ -152,6 +159,7 @@ class KernelSpec:
                 *(("bias",) if self.bias else ()),
                 "page_table",
                 *(("pages",) if self.pages != "all" else ()),
+                *(("page_logits", "page_values", "page_bias") if self.summaries else ()),
                 *("position", "lengths"),
             )
             return (
@@ -169,7 +177,7 @@ class KernelSpec:
         if self.op == "append_index":
             return ()
         if self.op == "score_select":
-            return ("pages",)
+            return ("pages", "page_logits") if self.page_logits else ("pages",)
         return ("out", "lse", "page_lse") if self.page_lse else ("out", "lse")
 
     @property
@@ -226,14 +234,20 @@ _ATTEND = (
     "query key_pages value_pages bias page_table pages exclude position lengths "
     "scale softcap window span"
 )
+_SELECT = (
+    "query index fields page_table position lengths score page_size sink_pages window_pages "
+    "capacity budget_pages dense_below"
+)
 _SIGNATURES = {
     "append_index": "key value page_table position lengths key_pages value_pages index fields",
-    "score_select": (
-        "query index fields page_table position lengths score page_size sink_pages window_pages "
-        "capacity budget_pages dense_below"
-    ),
+    "score_select": _SELECT,
+    "score_select.page_logits": _SELECT,
     "attend": _ATTEND,
     "attend.page_lse": _ATTEND,
+    "attend.summaries": (
+        "query key_pages value_pages page_table pages page_logits page_values page_bias "
+        "position lengths scale softcap"
+    ),
     "combine": "outs lses",
 }
 
@@ -254,15 +268,16 @@ def specialise(op: str, args: Sequence[Any]) -> tuple[KernelSpec, tuple[Any, ...
         spec = KernelSpec(op, **_cache(keys, values), fields=tuple(given["fields"]))
         records = [given[f"index_{field}"] for field in spec.fields if field != "log_count"]
         _same_dtype(spec, keys, given["key"], given["value"], *records)
-    elif op == "score_select":
+    elif op.startswith("score_select"):
         query = given["query"]
         spec = KernelSpec(
-            op,
+            "score_select",
             dtype=_dtype(query),
             key_dim=int(query.shape[3]),
             group=_group(query, given["page_table"]),
             page_size=int(given["page_size"]),
             score=given["score"],
+            page_logits=op == "score_select.page_logits",
         )
         _same_dtype(spec, query, *(given[f"index_{field}"] for field in spec.score_fields))
     elif op == "combine":
@@ -271,6 +286,20 @@ def specialise(op: str, args: Sequence[Any]) -> tuple[KernelSpec, tuple[Any, ...
         spec = KernelSpec(op, dtype=_dtype(out), value_dim=int(out.shape[3]), count=count)
         if spec.dtype != "float32":
             raise NotCovered(f"combine: reads of {spec.dtype}; kernels merge float32")
+    elif op == "attend.summaries":
+        query, keys, values = (given[name] for name in ("query", "key_pages", "value_pages"))
+        spec = KernelSpec(
+            "attend",
+            **_cache(keys, values),
+            group=_group(query, given["page_table"]),
+            pages="listed",
+            softcap=bool(given["softcap"]),
+            summaries=True,
+        )
+        _same_dtype(spec, keys, query, values, given["page_values"])
+        for name in ("page_logits", "page_bias"):
+            if given[name].dtype != torch.float32:
+                raise NotCovered(f"attend: {name} of {given[name].dtype}; kernels read float32")
     else:
         query, keys, values = (given[name] for name in ("query", "key_pages", "value_pages"))
         listed = "unlisted" if given["exclude"] else "listed"

@@ -22,6 +22,9 @@ score_select(query, index, fields, ..., score, page_size, sink_pages, window_pag
     o - window_pages .. o; full pages with the highest scores fill it to budget_pages, ties to the
     lower page. It has every page 0 .. o when those are at most budget_pages or p < dense_below.
     Padding rows: all -1.
+score_select.page_logits(the same) -> (pages, page_logits): also the product [B,H,n,pages] of each
+    query with each page's mean key, in float32 (float64 for float64 queries); -inf where the row
+    does not choose by score: sinks, window, pages the table lacks, rows that have every page.
 attend(query, key_pages, value_pages, bias, page_table, pages, exclude, ..., window, span)
     -> (out [B,H,n,Dv], lse [B,H,n]) in float32 (float64 for float64 queries). pages None: every
     page of the table; else int32 [B,Hkv,n,S] of distinct logical pages, -1 = none: only those, or
@@ -32,6 +35,10 @@ attend(query, key_pages, value_pages, bias, page_table, pages, exclude, ..., win
 attend.page_lse(the same) -> (out, lse, page_lse): also the log-sum-exp [B,H,n,S] of each listed
     page read alone (without a list, or with exclude: [B,H,n,pages], every page of the table), -inf
     where the row sees none of it. exp(page_lse - lse) is the attention mass that a page received.
+attend.summaries(query, key_pages, value_pages, page_table, pages, page_logits [B,H,n,pages],
+    page_values [P,Dv], page_bias [P,1], ..., scale, softcap) -> (out, lse): reads the listed pages,
+    and every other full page of the table as one key: page_logits times scale is its logit before
+    softcap and bias, page_values its value.
 combine(outs, lses) -> (out, lse): merges reads of disjoint keys exactly, by log-sum-exp.
 """
 
@@ -92,6 +99,14 @@ def _attend(
     return out, query.new_empty(query.shape[:3], dtype=dtype)
 
 
+def _score_select_page_logits(
+    query: Tensor, index: list[Tensor], fields: list[str], page_table: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    pages = _score_select(query, index, fields, page_table, *rest)
+    shape = (*query.shape[:3], page_table.shape[2])
+    return pages, query.new_empty(shape, dtype=paged.wide(query.dtype))
+
+
 def _attend_page_lse(
     query: Tensor,
     key_pages: Tensor,
@@ -132,6 +147,13 @@ OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         records.score_select,
         _score_select,
     ),
+    "score_select.page_logits": (
+        "(Tensor query, Tensor[] index, str[] fields, Tensor page_table, Tensor position, "
+        "Tensor lengths, str score, int page_size, int sink_pages, int window_pages, "
+        "int capacity, int budget_pages, int dense_below) -> (Tensor pages, Tensor page_logits)",
+        records.score_select_page_logits,
+        _score_select_page_logits,
+    ),
     "attend": (
         "(Tensor query, Tensor key_pages, Tensor value_pages, Tensor? bias, Tensor page_table, "
         "Tensor? pages, bool exclude, Tensor position, Tensor lengths, float scale, "
@@ -145,6 +167,13 @@ OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         "float softcap, int window, int span) -> (Tensor out, Tensor lse, Tensor page_lse)",
         paged.attend_page_lse,
         _attend_page_lse,
+    ),
+    "attend.summaries": (
+        "(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_table, Tensor pages, "
+        "Tensor page_logits, Tensor page_values, Tensor page_bias, Tensor position, "
+        "Tensor lengths, float scale, float softcap) -> (Tensor out, Tensor lse)",
+        paged.attend_summaries,
+        _attend,
     ),
     "combine": (
         "(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",

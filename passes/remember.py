@@ -159,8 +159,10 @@ class _Builder:
 
         def emit(target: Callable[..., Any], *args: Any) -> fx.Node:
             made = self.call(target, *args)
-            if target is torch.ops.memcompile.score_select.default:
-                read = self.call(aten.ge.Scalar, made, 0)
+            select = torch.ops.memcompile.score_select
+            if target in (select.default, select.page_logits):
+                pages = made if target is select.default else self.call(operator.getitem, made, 0)
+                read = self.call(aten.ge.Scalar, pages, 0)
                 self.counts.append(self.call(aten.sum.dim_IntList, read, [1, 2, 3]))
             return made
 

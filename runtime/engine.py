@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor
 from ..models.memory.traffic import bytes_read
 from .memory_state import MemoryState, SiteLayout
 
-# Tokens a dense prefill runs at a time: bounds the logits block without changing any result.
-PREFILL_TOKENS = 512
+# Tokens that run at a time: bounds what a call needs beside its result, and changes no result.
+CHUNK_TOKENS = 512
 
 # tokens, position, lengths, state... -> logits, and page counts where something is selected.
 Step = Callable[..., tuple[Tensor, ...]]
@@ -115,13 +115,9 @@ class Engine:
         Returns:
             ``[B, 1, V]`` logits of each row's last valid token, or ``[B, n, V]``.
         """
-        counts = self._admit(tokens, lengths)
         last: Tensor | None = None
         every: list[Tensor] = []
-        for start in range(0, tokens.shape[1], PREFILL_TOKENS):
-            chunk = tokens[:, start : start + PREFILL_TOKENS]
-            left = [min(max(c - start, 0), chunk.shape[1]) for c in counts]
-            logits = self._run("dense", chunk, left)
+        for logits, left in self._in_chunks("dense", tokens, self._admit(tokens, lengths)):
             if all_logits:
                 every.append(logits)
             ends = torch.tensor(left, device=logits.device)
@@ -139,7 +135,9 @@ class Engine:
         Returns:
             Logits ``[B, n, V]`` in the model's type; rows of padding hold no meaning.
         """
-        return self._run("policy", tokens, self._admit(tokens, lengths))
+        counts = self._admit(tokens, lengths)
+        every = [logits for logits, _ in self._in_chunks("policy", tokens, counts)]
+        return every[0] if len(every) == 1 else torch.cat(every, 1)
 
     def generate(
         self,
@@ -261,6 +259,15 @@ class Engine:
                 "reset or rewind the engine, or, if max_context is the limit, compile with more"
             )
         return counts
+
+    def _in_chunks(
+        self, read: str, tokens: Tensor, counts: list[int]
+    ) -> Iterator[tuple[Tensor, list[int]]]:
+        """Logits of every CHUNK_TOKENS tokens, and each row's valid tokens among them."""
+        for start in range(0, tokens.shape[1], CHUNK_TOKENS):
+            chunk = tokens[:, start : start + CHUNK_TOKENS]
+            left = [min(max(c - start, 0), chunk.shape[1]) for c in counts]
+            yield self._run(read, chunk, left), left
 
     @torch.no_grad()
     def _run(self, read: str, tokens: Tensor, lengths: list[int]) -> Tensor:

@@ -183,8 +183,16 @@ class Operator final : public c10::OperatorKernel {
     return m;
   }
 
-  // Phases follow each other; within one, threads take items as they get free, since ragged
-  // sequences make items of very different sizes.
+  // One thread's share of a phase's items: those from `next` on are left.
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
+  // Phases follow each other. Within one, every thread begins with a share of its own: items are in
+  // the order of the KV heads, so what an operation reads or writes of a head the next one finds in
+  // its core's own cache. A thread that is done helps the others, since ragged sequences make items
+  // of very different sizes.
   void run(const void* args, int64_t threads) const {
     for (int64_t p = 0; p < kernel_->phases; ++p) {
       const Phase& phase = kernel_->phase[p];
@@ -193,11 +201,19 @@ class Operator final : public c10::OperatorKernel {
         if (items > 0) phase.run(args, 0, items);
         continue;
       }
-      std::atomic<int64_t> next{0};
-      at::parallel_for(0, std::min(threads, items), 1, [&](int64_t begin, int64_t end) {
+      const int64_t count = std::min(threads, items);
+      std::vector<Share> shares(count);
+      for (int64_t t = 0; t < count; ++t) {
+        shares[t].next = items * t / count;
+        shares[t].end = items * (t + 1) / count;
+      }
+      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
         for (; begin < end; ++begin) {
-          for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-            phase.run(args, i, i + 1);
+          for (int64_t t = 0; t < count; ++t) {
+            Share& share = shares[(begin + t) % count];
+            for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+              phase.run(args, i, i + 1);
+            }
           }
         }
       });
@@ -211,8 +227,8 @@ class Operator final : public c10::OperatorKernel {
   }
 
   void attend(torch::jit::Stack& stack) const {
-    const size_t count = 6 + !spec_.shared_kv + spec_.bias + spec_.list + spec_.softcap +
-                         spec_.window;
+    const size_t count = 6 + !spec_.shared_kv + spec_.bias + spec_.list + 3 * spec_.summaries +
+                         spec_.softcap + spec_.window;
     Arguments given = arguments(stack, count);
     const at::ScalarType type = scalar_type(spec_.type);
     const at::Tensor& query = given.tensor();
@@ -241,6 +257,13 @@ class Operator final : public c10::OperatorKernel {
     const at::Tensor& table = given.tensor();
     if (spec_.list) {
       args.pages = page_ids(given.tensor(), "pages", {batch, kv_heads, rows, -1}, held.c);
+    }
+    if (spec_.summaries) {
+      args.page_logits = static_cast<const float*>(
+          pool(given.tensor(), "page_logits", at::kFloat, {batch, heads, rows, table.size(2)}));
+      args.page_values = pool(given.tensor(), "page_values", type, {pool_pages, spec_.value_dim});
+      args.page_bias = static_cast<const float*>(
+          pool(given.tensor(), "page_bias", at::kFloat, {pool_pages, 1}));
     }
     const at::Tensor& position = given.tensor();
     const at::Tensor& lengths = given.tensor();
@@ -351,9 +374,16 @@ class Operator final : public c10::OperatorKernel {
     at::Tensor pages =
         at::empty({batch, kv_heads, rows, args.capacity}, at::TensorOptions().dtype(at::kInt));
     args.pages = pages.mutable_data_ptr<int32_t>();
-    if (pages.numel()) run_with_scratch(args);
+    at::Tensor logits;
+    if (spec_.page_logits) {
+      logits = at::empty({batch, heads, rows, args.memory.page_table.count},
+                         at::TensorOptions().dtype(at::kFloat));
+      args.page_logits = logits.mutable_data_ptr<float>();
+    }
+    if (batch * kv_heads * rows) run_with_scratch(args);
     torch::jit::drop(stack, count);
     torch::jit::push(stack, std::move(pages));
+    if (spec_.page_logits) torch::jit::push(stack, std::move(logits));
   }
 
   void append_index(torch::jit::Stack& stack) const {

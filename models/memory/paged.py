@@ -207,6 +207,54 @@ def attend_page_lse(
     return out, lse, page_lse
 
 
+def attend_summaries(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    pages: Tensor,
+    page_logits: Tensor,
+    page_values: Tensor,
+    page_bias: Tensor,
+    position: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    exact = attend(
+        *(query, key_pages, value_pages, None, page_table, pages, False, position, lengths),
+        *(scale, softcap, 0, 1),
+    )
+    batch, kv_heads, count = page_table.shape
+    n, size = query.shape[2], key_pages.shape[1]
+    logits = page_logits.unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [B, Hkv, n, G, pages]
+    table = page_table.long().clamp_min(0)
+    values = page_values[table].to(logits.dtype)  # [B, Hkv, pages, Dv]
+    values[page_table < 0] = 0
+    bias = page_bias[table].squeeze(-1).to(logits.dtype)
+    token = token_of_row(position, lengths, n)
+    last = (torch.arange(count, device=query.device) + 1) * size - 1
+    visible = (page_table >= 0)[:, :, None] & (last <= token[:, None, :, None])
+    visible = visible & ~listed(pages, 0, count)  # [B, Hkv, n, pages]
+    values[~visible.any(2)] = 0
+    rest_out = logits.new_zeros((batch, kv_heads, n, logits.shape[3], values.shape[3]))
+    rest_lse = logits.new_full(logits.shape[:4], NEGATIVE_INFINITY)
+    for block in row_blocks(n, batch * query.shape[1] * count * logits.element_size()):
+        scaled = logits[:, :, block] * scale
+        if softcap:
+            scaled = (scaled / softcap).tanh() * softcap
+        scaled = (scaled + bias[:, :, None, None]).masked_fill(
+            ~visible[:, :, block, :, None].transpose(3, 4), NEGATIVE_INFINITY
+        )
+        lse = scaled.logsumexp(-1)
+        weights = (scaled - lse.masked_fill(lse == NEGATIVE_INFINITY, 0)[..., None]).exp()
+        rest_out[:, :, block] = weights @ values[:, :, None]
+        rest_lse[:, :, block] = lse
+    rest = (x.transpose(2, 3).flatten(1, 2) for x in (rest_out, rest_lse))
+    outs, lses = zip(exact, rest, strict=True)
+    return combine([*outs], [*lses])
+
+
 def read_table(
     rows: Tensor,
     key_pages: Tensor,

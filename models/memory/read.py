@@ -88,29 +88,36 @@ def emit_read(
     if read not in READS:
         raise ValueError(f"unknown read {read!r}; known: {', '.join(READS)}")
 
-    def attend(keys: Any, values: Any, bias: Any, pages: Any, exclude: bool, span: int) -> Any:
+    def attend(pages: Any) -> Any:
         return emit(
             torch.ops.memcompile.attend.default,
-            *(query, keys, values, bias, site.page_table, pages, exclude, position, lengths),
-            *(scale, softcap, window, span),
+            *(query, site.key_pages, site.value_pages, None, site.page_table, pages, False),
+            *(position, lengths, scale, softcap, window, 1),
         )
 
     if read == "dense" or memory.score is None:
-        both = attend(site.key_pages, site.value_pages, None, None, False, 1)
+        both = attend(None)
     else:
-        pages = emit(
-            torch.ops.memcompile.score_select.default,
+        if window:
+            raise ValueError(
+                f"memory {memory.name!r} selects pages, but its site has a window of {window} "
+                "tokens of its own; give such sites a memory that reads everything"
+            )
+        select = torch.ops.memcompile.score_select
+        chosen = emit(
+            select.page_logits if memory.compensate else select.default,
             *(query, list(site.index), list(memory.fields), site.page_table, position, lengths),
             *(memory.score.kind, memory.page_size, memory.sink_pages, memory.window_pages),
             *(memory.capacity, memory.budget_pages, memory.dense_below),
         )
-        both = attend(site.key_pages, site.value_pages, None, pages, False, 1)
         if memory.compensate:
             record = dict(zip(memory.fields, site.index, strict=True))
-            # A record is a page of one key that stands for page_size tokens.
-            keys = emit(torch.ops.aten.unsqueeze.default, record["mean"], 1)
-            values = emit(torch.ops.aten.unsqueeze.default, record["value_mean"], 1)
-            rest = attend(keys, values, record["log_count"], pages, True, memory.page_size)
-            outs, lses = ([emit(operator.getitem, x, i) for x in (both, rest)] for i in (0, 1))
-            both = emit(torch.ops.memcompile.combine.default, outs, lses)
+            pages, logits = (emit(operator.getitem, chosen, i) for i in (0, 1))
+            both = emit(
+                torch.ops.memcompile.attend.summaries,
+                *(query, site.key_pages, site.value_pages, site.page_table, pages, logits),
+                *(record["value_mean"], record["log_count"], position, lengths, scale, softcap),
+            )
+        else:
+            both = attend(chosen)
     return emit(torch.ops.aten.to.dtype, emit(operator.getitem, both, 0), dtype)

@@ -120,6 +120,30 @@ def score_select(
     budget_pages: int,
     dense_below: int,
 ) -> Tensor:
+    pages, _ = score_select_page_logits(
+        *(query, index, fields, page_table, position, lengths, score, page_size),
+        *(sink_pages, window_pages, capacity, budget_pages, dense_below),
+        logits=False,
+    )
+    return pages
+
+
+def score_select_page_logits(
+    query: Tensor,
+    index: list[Tensor],
+    fields: list[str],
+    page_table: Tensor,
+    position: Tensor,
+    lengths: Tensor,
+    score: str,
+    page_size: int,
+    sink_pages: int,
+    window_pages: int,
+    capacity: int,
+    budget_pages: int,
+    dense_below: int,
+    logits: bool = True,
+) -> tuple[Tensor, Tensor]:
     known("score", score, SCORE_FIELDS)
     batch, kv_heads, table_pages = page_table.shape
     n = query.shape[2]
@@ -129,9 +153,10 @@ def score_select(
     selected = torch.full(
         (batch, kv_heads, n, capacity), -1, dtype=torch.int32, device=query.device
     )
+    products = rows.new_full((*query.shape[:3], table_pages if logits else 0), NEGATIVE_INFINITY)
     count = min(int(open_page.max()) + 1, table_pages) if n else 0
     if count <= 0:
-        return selected
+        return selected, products
     everything = (open_page < budget_pages) | (token < dense_below)
     wanted = torch.where(everything, open_page + 1, budget_pages)
     if int(wanted.max()) > capacity:
@@ -144,7 +169,8 @@ def score_select(
     records = {}
     if choosing:
         pools = dict(zip(fields, index, strict=True))
-        records = {f: pools[f][table.clamp_min(0)].to(rows.dtype) for f in SCORE_FIELDS[score]}
+        read = {*SCORE_FIELDS[score], *(("mean",) if logits else ())}
+        records = {f: pools[f][table.clamp_min(0)].to(rows.dtype) for f in read}
     page = torch.arange(count, device=query.device)
     for block in row_blocks(n, batch * query.shape[1] * count * rows.element_size()):
         at = open_page[:, :, block]
@@ -152,6 +178,12 @@ def score_select(
             limit = torch.finfo(rows.dtype).max
             ranked = page_scores(rows[:, :, block], records, score)
             ranked = ranked.nan_to_num(nan=-limit, posinf=limit, neginf=-limit)
+            if logits:
+                chosen_from = (page >= sink_pages) & (page < at - window_pages)
+                chosen_from = chosen_from & ~everything[:, :, block] & (table >= 0)[:, :, None]
+                product = rows[:, :, block] @ records["mean"].transpose(-1, -2)[:, :, None]
+                product.masked_fill_(~chosen_from[:, :, :, None], NEGATIVE_INFINITY)
+                products[:, :, block, :count] = product.transpose(2, 3).flatten(1, 2)
         else:
             ranked = rows.new_zeros((batch, kv_heads, at.shape[2], count))
         ranked.masked_fill_((page < sink_pages) | (page >= at - window_pages), float("inf"))
@@ -162,4 +194,4 @@ def score_select(
         kept = (page[:capacity] < wanted[:, :, block]) & (best > NEGATIVE_INFINITY)
         chosen = torch.where(kept, order, count).sort(-1).values
         selected[:, :, block, : chosen.shape[3]] = torch.where(chosen < count, chosen, -1).int()
-    return selected
+    return selected, products

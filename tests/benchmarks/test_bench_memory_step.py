@@ -58,7 +58,7 @@ def test_scout_reads_through_its_policy_only_beyond_its_budget() -> None:
     assert [reads_dense(longer, p) for p in (32, 99, 100)] == [True, True, False]
     short, long = (ours("scout", SHAPE, n, None, 1, **SMALL) for n in (32, 33))
     assert list(short.step.phases(*short.inputs[0])) == ["append_index", "attend"]
-    parts = ["append_index", "score_select", "attend", "attend_records", "combine"]
+    parts = ["append_index", "score_select", "attend"]
     assert list(long.step.phases(*long.inputs[0])) == parts
     assert list(long.step.calls(*long.inputs[0])) == parts
     assert next(call() for call in long.step.calls(*long.inputs[0]).values()) is None

@@ -80,6 +80,13 @@ class Laid:
         g, spec = self.given, self.spec
         keys = g["key_pages"].to(dtype)
         values = keys[..., : spec.value_dim] if spec.shared_kv else g["value_pages"].to(dtype)
+        if spec.summaries:
+            return paged.attend_summaries(
+                *(g["query"].to(dtype), keys, values, g["page_table"], g["pages"]),
+                *(g["page_logits"].to(dtype), g["page_values"].to(dtype)),
+                *(g["page_bias"].to(dtype), g["position"], g["lengths"], g["scale"]),
+                g["softcap"] if spec.softcap else 0.0,
+            )
         reference = paged.attend_page_lse if spec.page_lse else paged.attend
         return reference(
             g["query"].to(dtype),
@@ -135,7 +142,27 @@ def lay_out(spec: KernelSpec, shape: Shape) -> Laid:
         some = torch.randperm(columns, generator=make)[: shape.listed].int()
         keep = torch.rand(len(some), generator=make) < 0.7
         row[: len(some)] = torch.where(keep, some, -1)
+    # Records exist of full pages only, and logits of those that a row could read by their record.
+    full = ((torch.arange(columns) + 1) * spec.page_size <= held[:, None])[:, None]  # [B, 1, pages]
+    full = full.expand(-1, heads, -1)
+    page_values = torch.full((pool, spec.value_dim), torch.nan, dtype=spec.torch_dtype)
+    page_values[order] = torch.where(
+        full[..., None], normal(*full.shape, spec.value_dim), torch.nan
+    ).flatten(0, 2)
+    page_bias = torch.full((pool, 1), torch.nan)
+    counts = 3 * torch.rand(full.shape, generator=make)
+    page_bias[order, 0] = torch.where(full, counts, torch.nan).flatten()
+    token = position[:, None] + torch.arange(shape.rows)  # [B, n]
+    seen = ((torch.arange(columns) + 1) * spec.page_size - 1 <= token[..., None])[:, None]
+    seen = seen & (table >= 0)[:, :, None] & ~gone[:, :, None] & ~paged.listed(lists, 0, columns)
+    seen = seen & (torch.arange(shape.rows) < lengths[:, None])[:, None, :, None]
+    logits = torch.randn(batch, heads * spec.group, shape.rows, columns, generator=make)
+    logits *= spec.key_dim**0.5
+    logits.masked_fill_(~seen.repeat_interleave(spec.group, 1), torch.nan)
     given = {
+        "page_logits": logits,
+        "page_values": page_values,
+        "page_bias": page_bias,
         "query": query,
         "key_pages": key_pages,
         "value_pages": poisoned(spec.value_dim),

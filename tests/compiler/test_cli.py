@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from memcompile import codegen
+from memcompile.codegen.cpp import NoCompiler
 from memcompile.compiler import cli
 from memcompile.compiler.cli import BadInput, default_name, main, parse_ids, policy_options
 from memcompile.models.networks import induction
@@ -94,6 +96,33 @@ def test_dry_run_reports_and_writes_nothing(say: Any, network: Path) -> None:
     assert said.code == 0
     assert json.loads(said.out)["policy"] == "scout"
     assert not list(Path.cwd().iterdir())
+
+
+def test_kernels_off_is_in_the_report(say: Any, network: Path) -> None:
+    assert say(network, *SMALL, "--kernels", "off", "--out", "engine", "--quiet").code == 0
+    report = json.loads(Path("engine/report.json").read_text())
+    assert report["lowered"]["kernels"] == []
+    assert report["lowered"]["references"] == ["kernels=off"]
+
+
+def test_kernels_required_without_a_compiler_builds_nothing(
+    say: Any, network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*args: object) -> None:
+        raise NoCompiler("no C++ compiler: install one")
+
+    monkeypatch.setattr(codegen, "load", none)
+    monkeypatch.setattr(codegen, "load_linear", none)
+    said = say(network, *SMALL, "--kernels", "required", "--out", "engine", "--quiet")
+    assert said.code != 0
+    assert "kernels='required', but no C++ compiler: install one" in said.err
+    assert not Path("engine").exists()
+
+
+def test_an_unknown_way_of_kernels_is_refused(say: Any, network: Path) -> None:
+    said = say(network, *SMALL, "--kernels", "maybe")
+    assert said.code == 2
+    assert "'maybe' is not one of 'auto', 'required', 'off'" in said.err
 
 
 def test_inspect_shows_what_each_policy_would_do(say: Any, network: Path) -> None:

@@ -145,7 +145,7 @@ def test_state_is_written_where_it_lies() -> None:
 def test_the_report_lists_each_kernel_with_its_file() -> None:
     report = built("scout").report
     listed = {kernel["name"]: kernel for kernel in report.lowered.kernels}
-    families = {"append_index", "score_select", "attend", "combine"}
+    families = {"append_index", "score_select", "attend"}
     assert {name for name in families if any(k.startswith(name) for k in listed)} == families
     for name, kernel in listed.items():
         source = Path(kernel["source"])

@@ -29,7 +29,7 @@ constexpr int QUERIES = ROWS * GROUP;
 constexpr int WIDTH = Dot<T>::WIDTH;
 constexpr int STRIDE = (KEY_DIM + 31) / 32 * 32;  // of a block's queries
 constexpr int CHUNK = 128;  // pages that are scored in one go
-constexpr int PAGES = 2;    // that up to four queries meet in registers
+constexpr int PAGES = LANES / 4;  // that four queries meet in registers
 constexpr int AHEAD = 16;   // pages whose records are asked for in advance
 
 constexpr int32_t NEVER = INT32_MIN;  // the key of a page that cannot be selected
@@ -129,61 +129,52 @@ void read_queries(const ScoreSelectArgs& a, Block& block) {
   }
 }
 
-// Q queries times PAGES records: scores[t * CHUNK + p]. The first queries to meet a record ask for
-// one further on, into the second level: asking for the first costs more than it gains.
-template <int Q>
-MEMCOMPILE_INLINE void dot_tile(const Block& block, int q, const Records& records,
-                                const int64_t* page, float* scores) {
-  constexpr int COUNT = Q * PAGES;
-  vec dot[COUNT];
-#pragma GCC unroll 16
-  for (int j = 0; j < COUNT; ++j) dot[j] = zero();
+// Adds [Q, Dk] @ [Dk, PAGES] of one term: dot[t * PAGES + p]. The first queries to meet a record
+// ask for one further on, into the second level: asking for the first costs more than it gains.
+template <int Q, bool FIRST>
+MEMCOMPILE_INLINE void add_dots(const Stored* queries, int q, const T* records,
+                                const int64_t* page, vec* dot) {
+  const T* record_of[PAGES];
+  const T* ahead[PAGES];
+#pragma GCC unroll 4
+  for (int p = 0; p < PAGES; ++p) {
+    record_of[p] = records + page[p] * KEY_DIM;
+    if (FIRST) ahead[p] = records + page[p + AHEAD] * KEY_DIM;
+  }
 #pragma GCC unroll 4
   for (int d = 0; d < KEY_DIM; d += WIDTH) {
     Operand query[Q];
 #pragma GCC unroll 4
-    for (int t = 0; t < Q; ++t) {
-      query[t] = Dot<T>::load(block.same + (q + t) * STRIDE + d);
-    }
+    for (int t = 0; t < Q; ++t) query[t] = Dot<T>::load(queries + (q + t) * STRIDE + d);
 #pragma GCC unroll 4
     for (int p = 0; p < PAGES; ++p) {
-      if (q == 0) {
-        prefetch_l2(records.mean + page[p + AHEAD] * KEY_DIM, d, smaller(d + WIDTH, KEY_DIM));
-      }
-      const Operand record = Dot<T>::load(records.mean + page[p] * KEY_DIM + d, KEY_DIM - d);
-#pragma GCC unroll 4
-      for (int t = 0; t < Q; ++t) {
-        dot[t * PAGES + p] = Dot<T>::add(dot[t * PAGES + p], query[t], record);
-      }
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < Q; ++t) {
-      query[t] = Dot<T>::load(block.magnitude + (q + t) * STRIDE + d);
-    }
-#pragma GCC unroll 4
-    for (int p = 0; p < PAGES; ++p) {
-      if (q == 0) {
-        prefetch_l2(records.std + page[p + AHEAD] * KEY_DIM, d, smaller(d + WIDTH, KEY_DIM));
-      }
-      const Operand record = Dot<T>::load(records.std + page[p] * KEY_DIM + d, KEY_DIM - d);
+      if (FIRST) prefetch_l2(ahead[p], d, smaller(d + WIDTH, KEY_DIM));
+      const Operand record = Dot<T>::load(record_of[p] + d, KEY_DIM - d);
 #pragma GCC unroll 4
       for (int t = 0; t < Q; ++t) {
         dot[t * PAGES + p] = Dot<T>::add(dot[t * PAGES + p], query[t], record);
       }
     }
   }
+}
+
+// Lane t * PAGES + p becomes to[t * CHUNK + p].
+template <int Q>
+MEMCOMPILE_INLINE void store_tile(vec tile, float* to) {
+  float each[LANES];
+  store(each, tile);
 #pragma GCC unroll 4
-  for (int j = 0; j < COUNT; j += LANES) {
-    vec some[LANES];
-    float each[LANES];
-#pragma GCC unroll 16
-    for (int l = 0; l < LANES; ++l) some[l] = j + l < COUNT ? dot[(j + l) % COUNT] : zero();
-    store(each, sums(some));
-#pragma GCC unroll 16
-    for (int l = 0; l < LANES; ++l) {
-      if (j + l < COUNT) scores[(j + l) / PAGES * CHUNK + (j + l) % PAGES] = each[l];
-    }
-  }
+  for (int t = 0; t < Q; ++t) memcpy(to + t * CHUNK, each + t * PAGES, sizeof(float) * PAGES);
+}
+
+// Q queries times PAGES records.
+template <int Q, bool FIRST>
+void score_tile(const Block& block, int q, const Records& records,
+                const int64_t* page, float* scores) {
+  vec dot[LANES] = {};
+  add_dots<Q, FIRST>(block.same, q, records.mean, page, dot);
+  add_dots<Q, FIRST>(block.magnitude, q, records.std, page, dot);
+  store_tile<Q>(sums(dot), scores);
 }
 
 // An integer that stands in the same order as the score; NaN counts as the lowest.
@@ -197,15 +188,18 @@ MEMCOMPILE_INLINE int32_t key_of(float score) {
 // Scores pages first .. first + count - 1, CHUNK of them at most, of which page[] has the places in
 // the pools. keys[i * width + p] becomes the key that page first + p has for the block's row i.
 void score_chunk(const ScoreSelectArgs& a, const Block& block, const int64_t* page,
-                 const int32_t* physical, int count, int32_t* keys, int64_t width) {
+                 const int32_t* physical, int count,
+                 int32_t* keys, int64_t width) {
   // [QUERIES, Dk] @ [Dk, count]
   alignas(64) float scores[QUERIES * CHUNK];
   const Records records(a);
   const int queries = block.rows * GROUP;
   for (int p = 0; p < count; p += PAGES) {
-    float* to = scores + p;
     int q = 0;
-    for (; q + 4 <= queries; q += 4) dot_tile<4>(block, q, records, page + p, to + q * CHUNK);
+    for (; q + 4 <= queries; q += 4) {
+      const auto tile = q == 0 ? score_tile<4, true> : score_tile<4, false>;
+      tile(block, q, records, page + p, scores + q * CHUNK + p);
+    }
   }
 
   // The largest of the group, as a key.
@@ -248,8 +242,8 @@ void score_pages(const ScoreSelectArgs& a, const Block& block, int64_t begin, in
         prefetch_l2(records.std + page[p] * KEY_DIM, 0, KEY_DIM);
       }
     }
-    score_chunk(a, block, page, physical + first, static_cast<int>(smaller(CHUNK, left)),
-                keys + first, width);
+    score_chunk(a, block, page, physical + first,
+                static_cast<int>(smaller(CHUNK, left)), keys + first, width);
   }
 }
 

@@ -87,6 +87,48 @@ def test_attend_reads_a_record_as_one_key_that_stands_for_its_page(
 
 
 @few
+@given(cases(), st.integers(1, 4), st.sampled_from((0.0, 1.5)), st.sampled_from((1, 1 << 24)))
+def test_summaries_are_a_read_of_the_listed_pages_and_of_the_others_records(
+    case: Case, width: int, softcap: float, block_bytes: int
+) -> None:
+    """One softmax over both, by hand and in float64, from the same records."""
+    laid = Laid(case)
+    pages = page_lists(laid, width)
+    means = laid.key_pages.double().mean(1)  # NaN unless the page is full
+    values = laid.value_pages.double().mean(1).to(case.dtype)
+    bias = torch.randn(len(values), 1)
+    table = laid.table.clamp_min(0).long().repeat_interleave(case.group, 1)
+    wide = paged.wide(case.dtype)
+
+    def read(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        products = torch.einsum("bhnd,bhpd->bhnp", laid.query.to(dtype), means.to(dtype)[table])
+        given = (laid.key_pages, laid.value_pages, laid.table, pages, products, values, bias)
+        query, *given = (t.to(dtype) if t.is_floating_point() else t for t in (laid.query, *given))
+        with mock.patch.object(paged, "BLOCK_BYTES", block_bytes):
+            out, lse = ops.attend.summaries(
+                query, *given, laid.position, laid.lengths, 0.4, softcap
+            )
+        return out, lse
+
+    exact, rest = (
+        attend_by_hand(
+            laid, torch.float64, pools=pools, bias=added, pages=pages, exclude=exclude,
+            softcap=softcap, span=span,
+        )
+        for pools, added, exclude, span in (
+            (None, None, False, 1),
+            ((means[:, None], values[:, None]), bias, True, case.page_size),
+        )
+    )  # fmt: skip
+    truth = paged.combine([exact[0], rest[0]], [exact[1], rest[1]])
+    reduction = case.columns * case.page_size * case.key_dim
+    for part, got, right in zip(("out", "lse"), read(wide), truth, strict=True):
+        assert got.dtype == wide
+        plain = right.to(torch.float32)
+        assert_close_to_float64(got, plain, right, reduction=reduction, logarithm=part == "lse")
+
+
+@few
 @given(cases((torch.float32,)), st.integers(1, 4))
 def test_tiers_split_anywhere_merge_to_the_whole(case: Case, width: int) -> None:
     laid = Laid(case)

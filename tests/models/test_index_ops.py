@@ -238,9 +238,44 @@ def test_selection_is_the_reference_ties_included(
         )  # fmt: skip
     assert got.dtype == torch.int32
     assert got.shape == (case.batch, case.kv_heads, case.rows, capacity)
-    assert got.view(-1, capacity).tolist() == select_by_hand(
-        laid, records, score, sinks, window, budget, capacity, dense_below
-    )
+    by_hand = select_by_hand(laid, records, score, sinks, window, budget, capacity, dense_below)
+    assert got.view(-1, capacity).tolist() == by_hand
+
+
+@few
+@given(
+    cases((torch.float32, torch.float64)), st.sampled_from([*SCORE_FIELDS]), st.integers(0, 2),
+    st.integers(0, 2), st.sampled_from((0, 13)), st.sampled_from((1, 1 << 24)),
+)  # fmt: skip
+def test_logits_are_the_products_with_the_means_of_pages_to_choose_from(
+    case: Case, score: str, sinks: int, window: int, dense_below: int, block_bytes: int
+) -> None:
+    laid = Laid(case)
+    laid.table[0, 0, 0] = -1  # a hole
+    fields = [*dict.fromkeys(("mean", *SCORE_FIELDS[score]))]
+    widths = (field_width(name, case.key_dim, case.value_dim) for name in fields)
+    make = torch.Generator().manual_seed(case.seed)
+    records = [
+        torch.randint(-2, 3, (len(laid.key_pages), width), generator=make).to(case.dtype)
+        for width in widths
+    ]
+    laid.query = laid.query.round()  # whole numbers: products are exact
+    budget = sinks + window + 2
+    whole = (sinks, window, max(budget, 4), budget, dense_below)
+    at = (laid.table, laid.position, laid.lengths, score, case.page_size)
+    with mock.patch.object(paged, "BLOCK_BYTES", block_bytes):
+        pages, logits = ops.score_select.page_logits(laid.query, records, fields, *at, *whole)
+    assert torch.equal(pages, ops.score_select(laid.query, records, fields, *at, *whole))
+    expected = torch.full_like(logits, -float("inf"))
+    for b, head, i in torch.cartesian_prod(*map(torch.arange, logits.shape[:3])).tolist():
+        token, row = case.position[b] + i, laid.table[b, head // case.group].tolist()
+        last = token // case.page_size
+        if i >= case.lengths[b] or last < budget or token < dense_below:
+            continue
+        for page in range(sinks, last - window):
+            if row[page] >= 0:
+                expected[b, head, i, page] = laid.query[b, head, i] @ records[0][row[page]]
+    assert torch.equal(logits, expected)
 
 
 def test_a_score_that_overflows_never_displaces_the_open_page() -> None:

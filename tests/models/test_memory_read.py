@@ -248,9 +248,15 @@ def test_a_graph_of_memory_operations_exports_and_runs() -> None:
     inputs = (*tokens, *at, *state.tensors())
     program = torch.export.export(Step(), inputs)
     targets = {str(node.target) for node in program.graph.nodes}
-    assert {f"memcompile.{name}.default" for name in (
-        "append_index", "score_select", "attend", "combine")} <= targets  # fmt: skip
+    expected = ("append_index.default", "score_select.page_logits", "attend.summaries")
+    assert {f"memcompile.{name}" for name in expected} <= targets
     assert torch.equal(program.module()(*inputs), drive(memory, tokens, [[70]]))
+
+
+def test_a_memory_that_selects_is_refused_where_the_site_has_a_window() -> None:
+    memory = Scout(budget=32, page_size=8, sinks=8, window=8).memory(2, 0)
+    with pytest.raises(ValueError, match="selects pages, but its site has a window of 16 tokens"):
+        drive(memory, sequences(1, 70, torch.float32), [[70]], window=16)
 
 
 def test_an_unknown_read_or_too_few_tensors_are_refused() -> None:

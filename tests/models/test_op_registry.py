@@ -15,7 +15,11 @@ from memcompile.models import ops as registry
 ops = torch.ops.memcompile
 
 # The templates of the design, and no others: un-normalised state is not built yet.
-FAMILIES = {"append_index", "score_select", "attend", "attend.page_lse", "combine"}
+FAMILIES = {"append_index", "score_select", "attend", "combine"} | {
+    "score_select.page_logits",
+    "attend.page_lse",
+    "attend.summaries",
+}
 NORMAL_FORM = {"attention"}
 
 
@@ -51,6 +55,14 @@ def arguments(name: str, dtype: torch.dtype, rows: int, group: int) -> tuple[obj
         "combine": ([out, out], [lse, lse]),
     }
     given["attend.page_lse"] = given["attend"]
+    given["score_select.page_logits"] = given["score_select"]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    logits = torch.randn(2, 2 * group, rows, laid.table.shape[2], dtype=wide)
+    records = torch.randn(len(mean), 5, dtype=dtype), torch.randn(len(mean), 1)
+    lists = page_lists(laid, 2)
+    given["attend.summaries"] = (
+        *(query, *pools, laid.table, lists, logits, *records, *at, 0.4, 0.0),
+    )
     return given[name]
 
 

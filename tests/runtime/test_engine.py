@@ -38,13 +38,26 @@ def test_prefill_gives_the_last_logits_or_all(engine):
 
 def test_prefill_runs_in_chunks(engine, monkeypatch):
     given = tokens(2, 23)
-    monkeypatch.setattr("memcompile.runtime.engine.PREFILL_TOKENS", 5)
+    monkeypatch.setattr("memcompile.runtime.engine.CHUNK_TOKENS", 5)
     assert_logits(PositionedDecoder(0), engine.prefill(given, all_logits=True), given)
     assert engine.position == [23, 23]
 
 
+def test_a_long_question_runs_in_chunks(compiled, monkeypatch):
+    given, question = tokens(2, 40), tokens(2, 23)
+    whole, parts = compiled.engine(), compiled.engine()
+    whole.prefill(given)
+    expected = whole(question, lengths=[23, 9])
+    parts.prefill(given)
+    monkeypatch.setattr("memcompile.runtime.engine.CHUNK_TOKENS", 5)
+    got = parts(question, lengths=[23, 9])
+    assert parts.position == [63, 49]
+    for row, length in enumerate([23, 9]):
+        assert torch.equal(got[row, :length].argmax(-1), expected[row, :length].argmax(-1))
+
+
 def test_ragged_prefill_returns_each_rows_last(engine, monkeypatch):
-    monkeypatch.setattr("memcompile.runtime.engine.PREFILL_TOKENS", 4)
+    monkeypatch.setattr("memcompile.runtime.engine.CHUNK_TOKENS", 4)
     given = tokens(3, 10)
     last = engine.prefill(given, lengths=[10, 3, 6])
     for row, length in enumerate([10, 3, 6]):

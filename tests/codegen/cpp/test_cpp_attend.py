@@ -42,6 +42,11 @@ SPECS = [
     spec("float32", 40, 8, 5, 128, window=True, bias=True, page_lse=True),
     spec("float32", 128, 80, 4, 16, pages="unlisted", softcap=True),
     spec("float32", 256, 256, 70, 64),
+    spec("bfloat16", 128, 128, 4, 64, pages="listed", summaries=True),
+    spec("bfloat16", 80, 40, 7, 16, pages="listed", summaries=True),
+    spec("float16", 40, 96, 1, 16, pages="listed", summaries=True, softcap=True),
+    spec("float32", 64, 80, 6, 32, pages="listed", summaries=True),
+    KernelSpec("attend", "bfloat16", 576, 512, True, 16, 32, pages="listed", summaries=True),
 ]
 BY_NAME = {spec.name: spec for spec in SPECS}
 
@@ -71,7 +76,9 @@ def test_equals_the_reference(name: str, shape: Shape, operators) -> None:
     check(lay_out(BY_NAME[name], shape), operators)
 
 
-@pytest.mark.parametrize("name", [SPECS[0].name, SPECS[1].name, SPECS[2].name])
+@pytest.mark.parametrize(
+    "name", [spec.name for spec in (*SPECS[:3], *(s for s in SPECS if s.summaries))]
+)
 @pytest.mark.parametrize("batch", [1, 64])
 def test_long_and_wide(name: str, batch: int, operators) -> None:
     """Far enough for splits at batch 1, and more sequences than threads at 64."""
@@ -208,7 +215,7 @@ def test_other_instruction_sets(isa: str) -> None:
     assert answer.stdout == "right\n", answer.stderr
 
 
-@pytest.mark.parametrize("index", [0, 2, 5])
+@pytest.mark.parametrize("index", [0, 2, 5, 15])
 def test_golden_source(index: int, golden) -> None:
     golden(f"{SPECS[index].name}.cpp", cpp.source(SPECS[index]))
 

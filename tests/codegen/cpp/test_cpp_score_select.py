@@ -5,26 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_case import Shape, shapes
-from tolerance import rounding_band
+from tolerance import assert_close_to_float64, rounding_band
 from torch import Tensor
 
 from memcompile.codegen import cpp
 from memcompile.codegen.spec import SCORE_TERMS, KernelSpec
 from memcompile.models.memory.paged import rows_by_kv_head, token_of_row
-from memcompile.models.memory.parts import SCORE_FIELDS, field_width
-from memcompile.models.memory.records import page_scores, score_select
+from memcompile.models.memory.parts import field_width
+from memcompile.models.memory.records import (
+    page_scores,
+    score_select,
+    score_select_page_logits,
+)
 
 
-def spec(dtype: str, dim: int, group: int, page_size: int, score: str) -> KernelSpec:
+def spec(
+    dtype: str, dim: int, group: int, page_size: int, score: str, page_logits: bool = False
+) -> KernelSpec:
     return KernelSpec(
-        "score_select", dtype, key_dim=dim, group=group, page_size=page_size, score=score
-    )
+        "score_select", dtype, key_dim=dim, group=group, page_size=page_size, score=score,
+        page_logits=page_logits,
+    )  # fmt: skip
 
 
 SPECS = [
@@ -34,6 +42,10 @@ SPECS = [
     spec("bfloat16", 8, 1, 16, "mean"),
     spec("float32", 256, 8, 128, "mean-std"),
     spec("bfloat16", 64, 33, 16, "box"),
+    spec("bfloat16", 128, 4, 64, "mean-std", page_logits=True),
+    spec("float32", 40, 3, 16, "ball", page_logits=True),
+    spec("float16", 80, 7, 32, "box", page_logits=True),
+    spec("bfloat16", 8, 1, 16, "mean", page_logits=True),
 ]
 BY_NAME = {spec.name: spec for spec in SPECS}
 
@@ -78,12 +90,31 @@ class Case:
     lengths: Tensor
 
     def kernel(self, operator, choice: Choice) -> Tensor:
+        """The lists; logits, if the spec has them, are compared with the reference's here."""
         at = (self.table, self.position, self.lengths)
-        return operator(self.query, *self.records, *at, *choice.numbers(self.spec.page_size))
+        given = operator(self.query, *self.records, *at, *choice.numbers(self.spec.page_size))
+        if not self.spec.page_logits:
+            return given
+        lists, logits = given
+        eager, truth = (
+            score_select_page_logits(*self.arguments(choice, dtype))[1]
+            for dtype in (torch.float32, torch.float64)
+        )
+        assert logits.dtype == torch.float32 and logits.shape == truth.shape
+        finite = truth.isfinite()
+        assert torch.equal(logits.isfinite(), finite)
+        assert logits[truth.isneginf() & eager.isneginf()].isneginf().all()
+        parts = (torch.where(finite, each, 0) for each in (logits, eager, truth))
+        assert_close_to_float64(*parts, reduction=self.spec.key_dim)
+        return lists
 
     def reference(self, choice: Choice, dtype: torch.dtype = torch.float32) -> Tensor:
+        return score_select(*self.arguments(choice, dtype))
+
+    def arguments(self, choice: Choice, dtype: torch.dtype) -> tuple[Any, ...]:
+        """What the references take."""
         s = self.spec
-        return score_select(
+        return (
             self.query.to(dtype), [record.to(dtype) for record in self.records],
             list(s.score_fields), self.table, self.position, self.lengths, s.score, s.page_size,
             *choice.numbers(s.page_size),
@@ -127,11 +158,11 @@ def lay_out(
         torch.tensor(x, dtype=torch.int32) for x in (shape.position, shape.lengths)
     )
     records = [
-        kind(pool, field_width(field, spec.key_dim, 0), make=make)
-        for field in SCORE_FIELDS[spec.score]
+        kind(pool, field_width(field, spec.key_dim, 0), make=make) for field in spec.score_fields
     ]
     if spec.score == "box":
-        records = [torch.minimum(*records), torch.maximum(*records)]
+        low, high = records[-2:]
+        records[-2:] = [torch.minimum(low, high), torch.maximum(low, high)]
     elif spec.score != "mean":
         records[1] = records[1].abs()
 
@@ -337,8 +368,9 @@ def test_strided_queries_and_empty_calls(operators) -> None:
     assert case.kernel(operators[SPECS[0]], Choice()).shape == (2, 2, 0, expected.shape[3])
 
 
-def test_golden_source(golden) -> None:
-    golden(f"{SPECS[0].name}.cpp", cpp.source(SPECS[0]))
+@pytest.mark.parametrize("index", [0, 6])
+def test_golden_source(index: int, golden) -> None:
+    golden(f"{SPECS[index].name}.cpp", cpp.source(SPECS[index]))
 
 
 @settings(max_examples=60)
@@ -348,11 +380,17 @@ def test_golden_source(golden) -> None:
     group=st.integers(1, 130),
     page_size=st.sampled_from((1, 16, 1024)),
     score=st.sampled_from([*SCORE_TERMS]),
+    page_logits=st.booleans(),
 )
-def test_every_spec_prints_readable_source(dtype, dim, group, page_size, score) -> None:
-    text = cpp.source(spec(dtype, dim, group, page_size, score))
+def test_every_spec_prints_readable_source(
+    dtype, dim, group, page_size, score, page_logits
+) -> None:
+    made = spec(dtype, dim, group, page_size, score, page_logits)
+    text = cpp.source(made)
     assert ("norm" in text) == (score == "ball")
+    assert ("logits" in text) == page_logits
     rows = min(16, max(1, 32 // group))
     rests = {count * group % 4 for count in range(1, rows + 1)}
-    assert [f"dot_tile<{rest}>" in text for rest in (1, 2, 3)] == [r in rests for r in (1, 2, 3)]
-    assert math.prod(text.count(f"* {field};") for field in SCORE_FIELDS[score]) == 1
+    tiles = [f"score_tile<{rest}, true>" in text for rest in (1, 2, 3)]
+    assert tiles == [rest in rests for rest in (1, 2, 3)]
+    assert math.prod(text.count(f"* {field};") for field in made.score_fields) == 1

@@ -57,7 +57,8 @@ struct ScoreSelectArgs {
   int64_t capacity;
   int64_t budget_pages;
   int64_t dense_below;
-  int32_t* pages;  // out [B, Hkv, n, capacity], contiguous
+  int32_t* pages;      // out [B, Hkv, n, capacity], contiguous
+  float* page_logits;  // out [B, H, n, pages], contiguous; absent unless asked for
 };
 
 struct AttendArgs {
@@ -67,6 +68,9 @@ struct AttendArgs {
   const void* value_pages;  // [P, page_size, Dv], contiguous; absent when shared_kv
   const float* bias;        // [P, page_size], contiguous; absent without bias
   PageIds pages;            // [B, Hkv, n, S]; absent when all pages are read
+  const float* page_logits;  // of summaries: [B, H, n, pages], contiguous,
+  const void* page_values;   // [P, Dv], contiguous,
+  const float* page_bias;    // and [P]; absent without them
   float scale;
   float softcap;
   int64_t window;
@@ -123,6 +127,8 @@ struct Spec {
   bool softcap;
   bool window;
   bool page_lse;
+  bool summaries;    // attend reads pages that are not listed by their records
+  bool page_logits;  // score_select returns what summaries need
   int64_t fields;
   const Field* field;  // the index fields written or read, in the order of the arguments
   int64_t count;       // reads that combine merges

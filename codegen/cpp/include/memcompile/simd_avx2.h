@@ -109,6 +109,17 @@ MEMCOMPILE_INLINE vec load_repeated(const float* p) {
   if constexpr (N == 2) return _mm256_setr_ps(p[0], p[1], p[0], p[1], p[0], p[1], p[0], p[1]);
 }
 
+// Row r's K = LANES / R floats at p + r * stride become lanes r * K .. r * K + K - 1.
+template <int R>
+MEMCOMPILE_INLINE vec load_rows(const float* p, int64_t stride) {
+  if constexpr (R == 1) return _mm256_loadu_ps(p);
+  if constexpr (R == 2) return _mm256_set_m128(_mm_loadu_ps(p + stride), _mm_loadu_ps(p));
+  if constexpr (R == 4) {
+    const float *b = p + stride, *c = b + stride, *d = c + stride;
+    return _mm256_setr_ps(p[0], p[1], b[0], b[1], c[0], c[1], d[0], d[1]);
+  }
+}
+
 // Lane i of the result is the sum of v[i].
 MEMCOMPILE_INLINE vec sums(const vec (&v)[LANES]) {
   vec four[2];  // each half: sums of four rows over that half

@@ -93,6 +93,23 @@ MEMCOMPILE_INLINE vec load_repeated(const float* p) {
   if constexpr (N == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
 }
 
+// Row r's K = LANES / R floats at p + r * stride become lanes r * K .. r * K + K - 1.
+template <int R>
+MEMCOMPILE_INLINE vec load_rows(const float* p, int64_t stride) {
+  if constexpr (R == 1) return _mm512_loadu_ps(p);
+  if constexpr (R == 2) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(p)),
+                              _mm256_loadu_ps(p + stride), 1);
+  }
+  if constexpr (R == 4) {
+    const auto row = [&](int r) __attribute__((always_inline)) { return _mm_loadu_ps(p + r * stride); };
+    vec rows = _mm512_castps128_ps512(row(0));
+    rows = _mm512_insertf32x4(rows, row(1), 1);
+    rows = _mm512_insertf32x4(rows, row(2), 2);
+    return _mm512_insertf32x4(rows, row(3), 3);
+  }
+}
+
 // Lane i of the result is the sum of v[i].
 MEMCOMPILE_INLINE vec sums(const vec (&v)[LANES]) {
   vec four[4];  // lanes 4j .. 4j+3: sums of four rows over the j-th quarter

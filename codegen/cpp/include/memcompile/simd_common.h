@@ -45,6 +45,18 @@ MEMCOMPILE_INLINE vec tanh(vec x) {
   return select(less(abs(x), all(0.15f)), series, exact);
 }
 
+// As load_rows, of `count` floats a row at most; the rest is 0.
+template <int R>
+MEMCOMPILE_INLINE vec load_rows(const float* p, int64_t stride, int64_t count) {
+  constexpr int K = LANES / R;
+  if (count >= K) return load_rows<R>(p, stride);
+  float each[LANES] = {};
+  for (int r = 0; r < R; ++r) {
+    for (int k = 0; k < count; ++k) each[r * K + k] = p[r * stride + k];
+  }
+  return load(each);
+}
+
 // Every lane gets the sum, or the largest, of its N neighbours: lanes jN .. jN + N-1.
 template <int N>
 MEMCOMPILE_INLINE vec sum_by(vec a) {
@@ -109,6 +121,11 @@ MEMCOMPILE_INLINE void prefetch_l2(const T* p, int begin, int end) {
   for (int i = (begin + LINE - 1) / LINE * LINE; i < end; i += LINE) {
     __builtin_prefetch(p + i, 0, 2);
   }
+}
+
+// Asks for memory that will be written soon: another core may hold it.
+MEMCOMPILE_INLINE void prefetch_to_write(float* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i, 1, 2);
 }
 
 }  // inline namespace MEMCOMPILE_SIMD

@@ -118,6 +118,13 @@ MEMCOMPILE_INLINE vec load_repeated(const float* p) {
   return vec{p[0], p[1 % N], p[2 % N], p[3 % N]};
 }
 
+// Row r's K = LANES / R floats at p + r * stride become lanes r * K .. r * K + K - 1.
+template <int R>
+MEMCOMPILE_INLINE vec load_rows(const float* p, int64_t stride) {
+  constexpr int K = LANES / R;
+  return vec{p[0], p[1 / K * stride + 1 % K], p[2 / K * stride + 2 % K], p[3 / K * stride + 3 % K]};
+}
+
 // Lane i of the result is the sum of v[i].
 MEMCOMPILE_INLINE vec sums(const vec (&v)[LANES]) {
   return vec{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])};
