@@ -1,15 +1,13 @@
 """Every kernel against float64, by the rule of the tests, with nothing but torch at hand.
 
-A case lays out a paged memory by hand: ragged sequences, pages in random order, a hole, NaN in
-every slot that was never written. The truth is computed in float64 without pages; plain eager at
-the precision under test, which sets what error is allowed, by the same lines.
+The truth is computed in float64 without pages; plain eager at the precision under test, which sets
+what error is allowed, by the same lines.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,169 +15,11 @@ from torch import Tensor
 
 from ..codegen.spec import specialise
 from ..models import ops as _registered  # noqa: F401 (registers the operations used below)
-from ..models.memory.parts import field_width
 from ..models.memory.records import page_scores
+from .gpu_cases import Case, Laid
 from .memory_step import Load
 
 NEGATIVE_INFINITY = float("-inf")
-SCOUT_FIELDS = ("mean", "std", "value_mean", "log_count")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of an operation.
-
-    Attributes:
-        op: "append_index", "score_select", "attend", "attend.page_lse" or "combine".
-        rows: new tokens n of the longest sequence.
-        shared: values are the first `value_dim` elements of their keys.
-        pages: attend reads "all", "listed" or "unlisted" pages, or "records": those of the pages
-            that are not listed.
-        score: of score_select; append_index writes the fields of it.
-    """
-
-    op: str
-    key_dim: int = 128
-    value_dim: int = 128
-    group: int = 4
-    page_size: int = 64
-    rows: int = 1
-    shared: bool = False
-    pages: str = "all"
-    softcap: float = 0.0
-    window: int = 0
-    score: str = "mean-std"
-    count: int = 2
-
-    @property
-    def name(self) -> str:
-        if self.op == "combine":
-            return f"combine ×{self.count}"
-        said = [self.op, f"{self.key_dim}/{self.value_dim}", f"page {self.page_size}"]
-        said += [f"group {self.group}"] if self.op != "append_index" else []
-        said += [f"n {self.rows}"]
-        said += [self.pages] if self.op.startswith("attend") else []
-        said += [self.score] if self.op == "score_select" else []
-        said += [
-            name for name in ("shared", "softcap", "window") if getattr(self, name) and name != ""
-        ]
-        return " ".join(said)
-
-
-# What a scout step of a common model needs stands first: it is tested even where time is short.
-CASES = (
-    Case("append_index"),
-    Case("score_select"),
-    Case("attend"),
-    Case("attend", pages="listed"),
-    Case("attend", pages="records"),
-    Case("combine"),
-    Case("attend", rows=17),
-    Case("append_index", rows=70),
-    Case("attend", key_dim=576, value_dim=512, group=16, shared=True),
-    Case("attend", pages="unlisted"),
-    Case("attend", key_dim=64, value_dim=64, group=8, page_size=16, softcap=30.0, window=96),
-    Case("attend", pages="listed", rows=3),
-    Case("score_select", rows=3),
-    Case("score_select", key_dim=64, group=3, page_size=16, score="box"),
-    Case("attend", key_dim=256, value_dim=256, group=2, page_size=32),
-    Case("attend", key_dim=96, value_dim=32, group=3, page_size=16, rows=5),
-    Case("attend.page_lse", pages="listed"),
-    Case("append_index", key_dim=576, value_dim=512, shared=True),
-    Case("attend", key_dim=576, value_dim=512, group=16, shared=True, pages="listed"),
-    Case("score_select", key_dim=64, group=1, page_size=16, score="mean"),
-    Case("score_select", group=8, score="ball"),
-    Case("attend", key_dim=32, value_dim=32, group=1, page_size=128, window=100, rows=4),
-    Case("combine", count=3),
-)
-TINY = (
-    Case("append_index", key_dim=8, value_dim=8, page_size=16, rows=3),
-    Case("score_select", key_dim=8, page_size=16, group=3),
-    Case("attend", key_dim=16, value_dim=8, page_size=16, group=3, rows=2),
-    Case("attend", key_dim=16, value_dim=8, page_size=16, pages="listed"),
-    Case("attend", key_dim=16, value_dim=8, page_size=16, pages="records"),
-    Case("attend", key_dim=16, value_dim=8, page_size=16, group=2, shared=True, softcap=5.0),
-    Case("attend.page_lse", key_dim=16, value_dim=8, page_size=16, pages="listed"),
-    Case("combine", value_dim=8),
-)
-
-
-@dataclass
-class Laid:
-    """A case's memory on the CPU, in the element type under test."""
-
-    case: Case
-    dtype: torch.dtype
-    seed: int = 0
-    kv_heads: int = 2
-    query: Tensor = field(init=False)
-    new: tuple[Tensor, Tensor] = field(init=False)
-    pools: tuple[Tensor, Tensor] = field(init=False)
-    index: dict[str, Tensor] = field(init=False)
-    table: Tensor = field(init=False)
-    position: Tensor = field(init=False)
-    lengths: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        case, size = self.case, self.case.page_size
-        make = torch.Generator().manual_seed(self.seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=make).to(self.dtype)
-
-        held = [11 * size + size // 2, 7 * size - 1, 1]
-        rows = [case.rows, max(1, case.rows - 1), case.rows]
-        self.position = torch.tensor(held, dtype=torch.int32)
-        self.lengths = torch.tensor(rows, dtype=torch.int32)
-        end = [h + n for h, n in zip(held, rows, strict=True)]
-        columns = -(-max(end) // size) + 1
-        batch, heads = len(held), self.kv_heads
-        self.query = normal(batch, heads * case.group, case.rows, case.key_dim)
-        count = batch * heads * columns
-        order = torch.randperm(count, generator=make).int().view(batch, heads, columns)
-        page = torch.arange(columns)
-        used = page < -(-torch.tensor(end) // size)[:, None]
-        self.table = torch.where(used[:, None], order, -1)
-        keys = torch.full((count, size, case.key_dim), torch.nan, dtype=self.dtype)
-        values = torch.full((count, size, case.value_dim), torch.nan, dtype=self.dtype)
-        written = torch.tensor(held if case.op == "append_index" else end)
-        for b in range(batch):
-            token = torch.arange(int(written[b]))
-            for h in range(heads):
-                at = self.table[b, h, token // size].long(), token % size
-                keys[at] = normal(len(token), case.key_dim)
-                values[at] = normal(len(token), case.value_dim)
-        if not case.op.startswith("append"):
-            self.table[0, 1, 2] = -1  # a hole
-        if case.shared:
-            values = keys[..., : case.value_dim]
-        self.pools = (keys, values)
-        new = normal(batch, heads, case.rows, case.key_dim)
-        value = new if case.shared else normal(batch, heads, case.rows, case.key_dim)
-        self.new = (new, value[..., : case.value_dim])
-        names = {"box": ("min", "max"), "ball": ("mean", "radius"), "mean": ("mean",)}
-        fields = names.get(case.score, SCOUT_FIELDS)
-        self.index = {}
-        for name in fields:
-            width = field_width(name, case.key_dim, case.value_dim)
-            wide = torch.float32 if name == "log_count" else self.dtype
-            drawn = torch.randn(count, width, generator=make)
-            self.index[name] = (drawn.abs() if name in ("std", "radius", "max") else drawn).to(wide)
-        if "min" in self.index:
-            self.index["min"] = -self.index["min"].abs()
-
-    @property
-    def scale(self) -> float:
-        return 1 / math.sqrt(self.case.key_dim)
-
-    def lists(self, width: int = 5) -> Tensor:
-        """Distinct pages a row, some of them none, int32 [B, Hkv, n, width]."""
-        make = torch.Generator().manual_seed(self.seed + 1)
-        columns = self.table.shape[2]
-        shape = (*self.table.shape[:2], self.case.rows, columns)
-        lists = torch.rand(shape, generator=make).argsort(-1)[..., :width].sort(-1).values.int()
-        lists[..., width // 2] = -1
-        return lists
 
 
 def check(
@@ -191,7 +31,13 @@ def check(
         case, dtype, kernel, error and allowed (of the worst result), passed.
     """
     laid = Laid(case, dtype)
-    checks = {"append_index": _append_index, "score_select": _score_select, "combine": _combine}
+    checks = {
+        "append_index": _append_index,
+        "score_select": _score_select,
+        "score_select.page_logits": _score_select,
+        "attend.summaries": _summaries,
+        "combine": _combine,
+    }
     kernel, results = checks.get(case.op, _attend)(laid, device, load)
     worst = max(results, key=_badness)
     return {
@@ -241,9 +87,14 @@ def _whole(value: Tensor) -> Tensor:
 
 
 def error_and_allowed(
-    actual: Tensor, eager: Tensor, truth: Tensor, *, logarithm: bool = False
+    actual: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    *,
+    logarithm: bool = False,
+    reduction: int = 1,
 ) -> tuple[float, float]:
-    """The error against float64, and twice eager's own plus a rounding band.
+    """The error against float64, and twice eager's own plus the rounding of `reduction` terms.
 
     An entry that is not finite where the truth is, or the other way round, is an infinite error.
     """
@@ -258,7 +109,7 @@ def error_and_allowed(
         for tensor in (actual, eager)
     )
     size = max(float(plain.abs().max()), float(logarithm))
-    return error, 2 * own + torch.finfo(eager.dtype).eps * size
+    return error, 2 * own + torch.finfo(eager.dtype).eps * math.sqrt(reduction) * size
 
 
 def _attend(
@@ -285,6 +136,49 @@ def _attend(
         )
     ]
     return kernel, found
+
+
+def _summaries(
+    laid: Laid, device: torch.device, load: Load | None
+) -> tuple[str, list[tuple[float, float]]]:
+    """Listed pages and the records of the others: two reads by hand, merged by hand."""
+    case, lists = laid.case, laid.lists()
+    mean, page_values, page_bias = (laid.index[n] for n in ("mean", "value_mean", "log_count"))
+    at = (laid.position, laid.lengths, laid.scale, case.softcap)
+    # What may not be read is NaN: records of pages that are not full, products of no use.
+    columns = torch.arange(laid.table.shape[2])
+    ends = (columns + 1) * case.page_size
+    token = laid.position[:, None] + torch.arange(case.rows)  # [B, n]
+    full = (ends <= token[..., None] + 1)[:, None] & (laid.table >= 0)[:, :, None]
+    full = full & (torch.arange(case.rows) < laid.lengths[:, None])[:, None, :, None]
+    used = full & (lists[..., None] != columns).all(3)  # [B, Hkv, n, pages]
+    known = torch.zeros(len(mean), dtype=torch.bool)
+    known[laid.table[full.any(2)].long()] = True
+    page_values, page_bias = (
+        pool.masked_fill(~known[:, None], torch.nan) for pool in (page_values, page_bias)
+    )
+    logits = _products(laid, torch.float64).float()
+    logits.masked_fill_(~used.repeat_interleave(case.group, 1), torch.nan)
+    args = (laid.query, *laid.pools, laid.table, lists, logits, page_values, page_bias, *at)
+    kernel, (results, _) = run(case.op, args, device, load)
+
+    def reference(dtype: torch.dtype) -> Any:
+        def read(*pools: Any, exclude: bool, span: int) -> tuple[Tensor, ...]:
+            given: tuple[Any, ...] = (laid.query, *pools, laid.table, lists, exclude, *at, 0, span)
+            return by_hand(dtype, *given)[:2]
+
+        records = (mean[:, None], page_values[:, None], page_bias)
+        both = (
+            read(*laid.pools, None, exclude=False, span=1),
+            read(*records, exclude=True, span=case.page_size),
+        )
+        return torch.ops.memcompile.combine(*map(list, zip(*both, strict=True)))
+
+    pairs = zip(results, reference(laid.dtype), reference(torch.float64), strict=True)
+    return kernel, [
+        error_and_allowed(result, plain, exact, logarithm=name > 0)
+        for name, (result, plain, exact) in enumerate(pairs)
+    ]
 
 
 def by_hand(
@@ -383,17 +277,21 @@ def _score_select(
     fields = list(laid.index)
     args = (laid.query, list(laid.index.values()), fields, laid.table, laid.position, laid.lengths)
     whole = (case.score, case.page_size, sinks, window, budget, budget, 0)
-    kernel, (lists, _) = run("score_select", (*args, *whole), device, load)
+    kernel, (results, _) = run(case.op, (*args, *whole), device, load)
+    lists, *products = results if isinstance(results, tuple) else (results,)
     lists = lists.cpu()
     # What is scored is in the type under test already; sums are float32's in every kernel.
     exact, plain = (_scores(laid, dtype) for dtype in (torch.float64, torch.float32))
     worst, allowed = 0.0, math.inf
+    chosen_from = torch.zeros(*exact.shape[:3], laid.table.shape[2], dtype=torch.bool)
     for b, h, i in torch.cartesian_prod(*map(torch.arange, lists.shape[:3])).tolist():
         row = [page for page in lists[b, h, i].tolist() if page >= 0]
         at = (int(laid.position[b]) + i) // case.page_size
         live = i < int(laid.lengths[b])
         assigned = [p for p in range(at + 1) if live and int(laid.table[b, h, p]) >= 0]
         forced = {p for p in assigned if p < sinks or p >= at - window}
+        if at >= budget:
+            chosen_from[b, h, i, sorted(set(assigned) - forced)] = True
         filled = lists[b, h, i].tolist() == row + [-1] * (lists.shape[3] - len(row))
         if (
             sorted(set(row)) != row
@@ -411,7 +309,23 @@ def _score_select(
         worst = max(worst, float(truth[left].max() - truth[chosen].min()))
         # Two scores are compared, each with an error of its own.
         allowed = min(allowed, 2 * (2 * own + torch.finfo(torch.float32).eps * size))
-    return kernel, [(worst, allowed if allowed < math.inf else 0.0)]
+    found = [(worst, allowed if allowed < math.inf else 0.0)]
+    for result in products:
+        seen = chosen_from.repeat_interleave(case.group, 1)
+        plain, truth = (
+            _products(laid, dtype).masked_fill(~seen, NEGATIVE_INFINITY)
+            for dtype in (torch.float32, torch.float64)
+        )
+        found.append(error_and_allowed(result, plain, truth, reduction=case.key_dim))
+    return kernel, found
+
+
+def _products(laid: Laid, dtype: torch.dtype) -> Tensor:
+    """[B, H, n, pages]: each query times each page's mean key."""
+    mean = laid.index["mean"][laid.table.long().clamp_min(0)].to(dtype)
+    rows = laid.query.to(dtype).unflatten(1, (laid.kv_heads, -1))  # [B, Hkv, G, n, Dk]
+    products: Tensor = rows @ mean.transpose(-1, -2)[:, :, None]
+    return products.flatten(1, 2)
 
 
 def _scores(laid: Laid, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,10 @@ from .load import module
 _TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # What pointers lead to, where it is not the spec's dtype.
 _INTEGERS = ("p_table", "p_list", "p_position", "p_lengths", "p_selected", "p_ranks")
-_FLOATS = ("p_out", "p_outs", "p_lse", "p_lses", "p_page_lse", "p_bias", "p_log_count")
+_FLOATS = (
+    *("p_out", "p_outs", "p_lse", "p_lses", "p_page_lse"),
+    *("p_bias", "p_log_count", "p_page_bias", "p_page_logits", "p_logits"),
+)
 _SCALARS = ("scale", "softcap")
 
 

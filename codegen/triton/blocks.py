@@ -89,6 +89,7 @@ FAMILY = {
 }
 SHARE_TOKENS = 128  # slots that are worth a program of their own
 LISTED = 64  # entries of a list that are compared with a block of pages at a time
+RECORDS = 64  # pages read by their records at a time, at most: the bits of an integer
 
 # score_select: pages scored at a time, and warps by the most pages that one program ranks in
 # registers. Wider tables are scored by many programs, then ranked by another: two launches.
@@ -225,6 +226,8 @@ def _attend(spec: KernelSpec, target: str, arch: Architecture) -> dict[str, Laun
         prefill_stages -= 1
     slots = {"BLOCK_N": block_n}
     merge = Launch("merge_splits", {"BLOCK_S": 16 if spec.value_dim <= 256 else 8}, 4, 2)
+    if spec.summaries:
+        slots["LIST"] = LISTED  # launchers take what holds their lists
     chosen = {"decode": Launch(spec.name, {"BLOCK_M": block_m, **slots}, warps, stages)}
     if spec.pages == "all":
         chosen["prefill"] = Launch(
@@ -236,8 +239,10 @@ def _attend(spec: KernelSpec, target: str, arch: Architecture) -> dict[str, Laun
 def _score_select(spec: KernelSpec) -> dict[str, Launch]:
     tile = SCORED_FLOAT32 if spec.dtype == "float32" else SCORED
     constants = {"BLOCK_P": tile}
+    # Of 16 warps a thread has 128 registers: too few where products are kept beside 8192 ranks.
+    most_warps = 8 if spec.page_logits else 16
     chosen = {
-        f"upto_{most}": Launch(spec.name, {**constants, "PAGES": most}, warps, 2)
+        f"upto_{most}": Launch(spec.name, {**constants, "PAGES": most}, min(warps, most_warps), 2)
         for most, warps in CLASSES.items()
     }
     chosen["rank"] = Launch("rank_pages", constants, 4, 2)

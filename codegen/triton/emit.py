@@ -14,6 +14,7 @@ from .blocks import (
     CLASSES,
     HEADS,
     LISTED,
+    RECORDS,
     SHARE_TOKENS,
     Launch,
     architecture,
@@ -79,6 +80,8 @@ def text(spec: KernelSpec, target: str, chosen: dict[str, Launch]) -> str:
         names |= {
             "block_n": chosen["decode"].constants["BLOCK_N"],
             "block_s": LISTED,
+            "records": min(chosen["decode"].constants["BLOCK_N"], RECORDS),
+            "share_tokens": SHARE_TOKENS,
             "share_pages": max(1, SHARE_TOKENS // spec.page_size),
             "programs": architecture(target).programs,
         }
@@ -101,9 +104,12 @@ def text(spec: KernelSpec, target: str, chosen: dict[str, Launch]) -> str:
 def _title(spec: KernelSpec) -> str:
     if spec.op == "attend":
         read = {"all": "every page", "listed": "the listed pages", "unlisted": "pages not listed"}
-        return f"Reads {read[spec.pages]} of a paged memory, one softmax a query."
+        others = ", of the others their records" if spec.summaries else ""
+        return f"Reads {read[spec.pages]} of a paged memory{others}, one softmax a query."
     if spec.op == "score_select":
-        return f"Scores pages by {spec.score} and selects the best."
+        kept = ", selects the best and keeps the queries' products with mean keys"
+        then = kept if spec.page_logits else " and selects the best"
+        return f"Scores pages by {spec.score}{then}."
     if spec.op == "append_index":
         return "Writes new tokens into their pages" + (" and index." if spec.fields else ".")
     return "Merges reads of disjoint keys by log-sum-exp."

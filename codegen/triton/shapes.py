@@ -29,3 +29,12 @@ def split_count(
     worth = (pages + share_pages - 1) // share_pages
     split: int | torch.SymInt = torch.sym_max(1, torch.sym_min(wanted // programs, worth))
     return split
+
+
+def list_block(width: int | torch.SymInt) -> int:
+    """The least power of two, 16 or above, that holds a list of `width` pages.
+
+    A kernel is compiled for it: a symbolic width is fixed, with a guard. The width of a memory's
+    lists is a setting of the memory, the same in every call.
+    """
+    return max(16, 1 << (int(width) - 1).bit_length())

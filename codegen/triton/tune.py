@@ -136,6 +136,9 @@ def example(
         wanted = max(1, min(columns, selected // slots))
         order = torch.rand(batch, kv_heads, rows, columns, device=device).argsort(3)
         given["pages"] = order[..., :wanted].sort(3).values.int()
+        given["page_logits"] = normal(batch, heads, rows, columns, dtype=torch.float32)
+        given["page_values"] = normal(count, spec.value_dim)
+        given["page_bias"] = normal(count, 1, dtype=torch.float32)
     given["budget_pages"] = given["capacity"] = max(1, min(columns, selected // slots))
     for name in spec.fields or (spec.score_fields if spec.score else ()):
         kind = torch.float32 if name == "log_count" else dtype

@@ -14,11 +14,13 @@ import torch
 
 from memcompile.benchmarks import gpu, results
 from memcompile.benchmarks.gpu import Clock
-from memcompile.benchmarks.gpu_numerics import CASES, TINY, Case, check, error_and_allowed
+from memcompile.benchmarks.gpu_cases import CASES, TINY, Case
+from memcompile.benchmarks.gpu_numerics import check, error_and_allowed
 from memcompile.codegen.spec import KernelSpec
 from memcompile.models import ops
 
 CPU = torch.device("cpu")
+OVERLOADS = ("page_lse", "page_logits", "summaries")
 
 
 def broken(op: str, spoil: Any) -> Any:
@@ -29,7 +31,8 @@ def broken(op: str, spoil: Any) -> Any:
 
     def call(spec: KernelSpec, args: tuple[Any, ...]) -> Any:
         given = dict(zip((name for _, name in spec.arguments), args, strict=True))
-        result = ops.operator(spec.op)(*family_arguments(spec, given))
+        overload = "".join(f".{name}" for name in OVERLOADS if getattr(spec, name))
+        result = ops.operator(spec.op + overload)(*family_arguments(spec, given))
         return spoil(given if spec.op == "append_index" else result)
 
     return load
@@ -48,6 +51,10 @@ def family_arguments(spec: KernelSpec, given: dict[str, Any]) -> tuple[Any, ...]
             *(given["query"], index, fields, given["page_table"], given["position"]),
             *(given["lengths"], spec.score, spec.page_size, *(given[name] for name in whole)),
         )
+    if spec.summaries:
+        tensors = ("query", "key_pages", "value_pages", "page_table", "pages", "page_logits")
+        rest = ("page_values", "page_bias", "position", "lengths", "scale")
+        return (*(given[name] for name in tensors + rest), given.get("softcap", 0.0))
     if spec.op == "attend":
         tensors = (given["query"], given["key_pages"], given["value_pages"], given.get("bias"))
         lists = (given["page_table"], given.get("pages"), spec.pages == "unlisted")
@@ -65,11 +72,9 @@ def test_the_references_pass_every_check(case: Case, dtype: torch.dtype) -> None
     assert found["kernel"] == "reference"
 
 
-def test_the_cases_cover_every_family_and_reading() -> None:
+def test_the_cases_cover_every_operation_and_reading() -> None:
     for cases in (CASES, TINY):
-        assert {case.op.split(".")[0] for case in cases} == {
-            *("append_index", "score_select", "attend", "combine")
-        }
+        assert {case.op for case in cases} == {*ops.FAMILIES.values()}
     assert {case.pages for case in CASES} == {"all", "listed", "unlisted", "records"}
     assert {(case.key_dim, case.value_dim) for case in CASES if case.shared} == {(576, 512)}
     assert any(case.softcap for case in CASES)
@@ -101,6 +106,14 @@ def unwritten(given: dict[str, Any]) -> None:
     given["index_mean"].mul_(1.1)
 
 
+def kept_wrongly(results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (results[0], results[1] + 0.01)
+
+
+def kept_too_much(results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (results[0], results[1].clamp_min(-100))
+
+
 def moved(given: dict[str, Any]) -> None:
     given["key_pages"].copy_(given["key_pages"].roll(1, 0))
 
@@ -111,6 +124,10 @@ def moved(given: dict[str, Any]) -> None:
         (Case("attend", 16, 8, page_size=16), scaled),
         (Case("attend", 16, 8, page_size=16), shifted),
         (Case("attend", 16, 8, page_size=16, pages="listed"), poisoned),
+        (Case("attend.summaries", 16, 8, page_size=16), scaled),
+        (Case("attend.summaries", 16, 8, page_size=16), shifted),
+        (Case("score_select.page_logits", 8, page_size=16, score="box"), kept_wrongly),
+        (Case("score_select.page_logits", 8, page_size=16), kept_too_much),
         (Case("combine", value_dim=8), scaled),
         (Case("score_select", 8, page_size=16), wrong_page),
         (Case("append_index", 8, 8, page_size=16), unwritten),
@@ -180,7 +197,7 @@ def test_a_dry_run_goes_all_the_way_and_claims_nothing(
     assert [(row["batch"], row["context"]) for row in result["rows"]] == [(1, 96), (2, 96)]
     for row in result["rows"]:
         assert "raised" not in row
-        assert {"score_select", "append_index", "combine"} <= set(row["parts_us"])
+        assert set(row["parts_us"]) == {"append_index", "score_select", "attend"}
         assert row["baseline"] in row["torch_us"]
     lines = capsys.readouterr().out.splitlines()
     (head,) = [i for i, line in enumerate(lines) if line.split()[:1] == ["batch"]]

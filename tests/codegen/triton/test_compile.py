@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import random
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from memcompile.codegen.spec import KernelSpec, NotCovered
 from memcompile.codegen.triton import blocks, compile_for, emit, load, resources, source, tune
+from memcompile.codegen.triton.aot import compile_launch
+from memcompile.codegen.triton.load import module
 from memcompile.models.memory.parts import INDEX_FIELDS, SCORE_FIELDS
 
 pytest.importorskip("triton")
@@ -31,6 +34,7 @@ SUMMARY = ("mean", "std", "value_mean", "log_count")
 READ = {
     "all": KernelSpec("attend", group=4, **LLAMA),
     "listed": KernelSpec("attend", group=4, pages="listed", **LLAMA),
+    "summaries": KernelSpec("attend", group=4, pages="listed", summaries=True, **LLAMA),
     "unlisted": KernelSpec("attend", group=4, pages="unlisted", **LLAMA),
     "records": KernelSpec(
         "attend", group=4, span=64, bias=True, pages="unlisted", **{**LLAMA, "page_size": 1}
@@ -39,18 +43,28 @@ READ = {
 SELECT = KernelSpec(
     "score_select", dtype="bfloat16", key_dim=128, group=4, page_size=64, score="mean-std"
 )
+SELECT_AND_KEEP = dataclasses.replace(SELECT, page_logits=True)
 APPEND = KernelSpec("append_index", fields=SUMMARY, **LLAMA)
 COMBINE = KernelSpec("combine", value_dim=128, count=2)
-LLAMA_STEP = (*READ.values(), SELECT, APPEND, COMBINE)
+LLAMA_STEP = (
+    *(READ[kind] for kind in ("all", "listed", "summaries")),
+    *(SELECT, SELECT_AND_KEEP, APPEND, COMBINE),
+)
+LLAMA_ALL = (*LLAMA_STEP, READ["unlisted"], READ["records"])
 SPECS = (
-    *LLAMA_STEP,
+    *LLAMA_ALL,
     KernelSpec("attend", dtype="bfloat16", key_dim=576, value_dim=512, group=128, page_size=64,
                shared_kv=True),
     KernelSpec("attend", dtype="float16", key_dim=80, value_dim=96, group=5, page_size=16,
                pages="listed", softcap=True, window=True, page_lse=True),
     KernelSpec("attend", key_dim=256, value_dim=256, group=3, page_size=128, page_lse=True),
     KernelSpec("append_index", key_dim=96, value_dim=40, page_size=256, fields=INDEX_FIELDS),
+    KernelSpec("attend", dtype="bfloat16", key_dim=576, value_dim=512, group=16, page_size=64,
+               pages="listed", shared_kv=True, summaries=True),
+    KernelSpec("attend", key_dim=80, value_dim=40, group=5, page_size=16, pages="listed",
+               softcap=True, summaries=True),
     KernelSpec("score_select", key_dim=264, group=70, page_size=32, score="ball"),
+    KernelSpec("score_select", key_dim=264, group=70, page_size=32, score="box", page_logits=True),
 )  # fmt: skip
 
 
@@ -78,7 +92,29 @@ def test_kernels_compile_and_fit(target: str) -> None:
                 assert len(kinds) == len(set(n for n, _ in compiled.arguments))
 
 
-@pytest.mark.parametrize("spec", LLAMA_STEP, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    ("spec", "role"),
+    [
+        (SELECT_AND_KEEP, "upto_256"),
+        (SELECT_AND_KEEP, "rank"),
+        (SELECT_AND_KEEP, "choose"),
+        (READ["summaries"], "decode"),
+        (READ["all"], "decode"),
+        (READ["all"], "merge"),
+        (APPEND, "append"),
+    ],
+    ids=lambda given: given if isinstance(given, str) else given.op,
+)
+def test_numbers_that_are_1_may_be_constants(spec: KernelSpec, role: str) -> None:
+    """As Inductor makes them, whatever a kernel asks not to be specialised."""
+    made, launch = module(spec, "cuda:sm_90"), blocks.launches(spec, "cuda:sm_90")[role]
+    numbers = {"rows", "kv_heads", "table_pages", "splits", "list_pages", "capacity"}
+    ones = dict.fromkeys(numbers.intersection(getattr(made, launch.kernel).arg_names), 1)
+    launch = dataclasses.replace(launch, constants={**launch.constants, **ones})
+    assert compile_launch(spec, made, role, launch, "cuda:sm_90").binary
+
+
+@pytest.mark.parametrize("spec", LLAMA_ALL, ids=lambda spec: spec.name)
 def test_nothing_spills_on_sm_90(spec: KernelSpec) -> None:
     for compiled in compile_for(spec, "cuda:sm_90"):
         used = resources(compiled.binary)
@@ -96,11 +132,29 @@ def test_keys_and_values_are_copied_ahead_on_sm_90() -> None:
         assert decode.shared >= stages * 2 * page, "fewer pages are in flight than stages allow"
 
 
+def test_records_are_copied_ahead_on_sm_90() -> None:
+    """Nor must the list that is looked up before a record is read."""
+    pages, both = (
+        compile_for(READ[kind], "cuda:sm_90")[0].assembly.count("cp.async.cg")
+        for kind in ("listed", "summaries")
+    )
+    a_block = 64 * 128 * 2 // (128 * 16)  # copies of 16 bytes by 128 threads
+    assert both - pages >= 2 * a_block, "values of records are copied in their own turn"
+
+
 @pytest.mark.parametrize(
-    "spec", [READ["listed"], SELECT, APPEND, COMBINE], ids=lambda spec: spec.op
+    ("name", "spec"),
+    {
+        "attend": READ["listed"],
+        "attend_summaries": READ["summaries"],
+        "score_select": SELECT,
+        "score_select_page_logits": SELECT_AND_KEEP,
+        "append_index": APPEND,
+        "combine": COMBINE,
+    }.items(),
 )
-def test_generated_text(spec: KernelSpec, golden: Callable[[str, str], None]) -> None:
-    golden(f"triton_{spec.op}.txt", source(spec, "cuda:sm_90"))
+def test_generated_text(name: str, spec: KernelSpec, golden: Callable[[str, str], None]) -> None:
+    golden(f"triton_{name}.txt", source(spec, "cuda:sm_90"))
 
 
 def random_specs(count: int) -> list[KernelSpec]:
@@ -120,7 +174,12 @@ def random_specs(count: int) -> list[KernelSpec]:
         if shared and pick.random() < 0.5:
             shape["key_dim"], value_dim = 576, 512
         group = pick.choice((1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 128))
-        if op == "attend":
+        if op == "attend" and pick.random() < 0.3:
+            spec = KernelSpec(
+                op, **shape, value_dim=value_dim, shared_kv=shared, group=group, pages="listed",
+                softcap=pick.random() < 0.3, summaries=True,
+            )  # fmt: skip
+        elif op == "attend":
             spec = KernelSpec(
                 op, **shape, value_dim=value_dim, shared_kv=shared, group=group,
                 span=pick.choice((1, 1, 64)), pages=pick.choice(("all", "listed", "unlisted")),
@@ -131,7 +190,8 @@ def random_specs(count: int) -> list[KernelSpec]:
             fields = tuple(f for f in INDEX_FIELDS if pick.random() < 0.5)
             spec = KernelSpec(op, **shape, value_dim=value_dim, shared_kv=shared, fields=fields)
         elif op == "score_select":
-            spec = KernelSpec(op, **shape, group=group, score=pick.choice([*SCORE_FIELDS]))
+            score, page_logits = pick.choice([*SCORE_FIELDS]), pick.random() < 0.5
+            spec = KernelSpec(op, **shape, group=group, score=score, page_logits=page_logits)
         else:
             spec = KernelSpec(op, value_dim=pick.choice(dims), count=pick.randint(1, 4))
         found[spec] = None
@@ -169,12 +229,12 @@ def test_many_specs_are_printed(target: str) -> None:
 # What torch sees.
 
 
-STEP = (APPEND, SELECT, READ["listed"], READ["all"], COMBINE)
+STEP = (APPEND, SELECT_AND_KEEP, READ["summaries"], READ["all"], COMBINE)
 
 
 def make_step() -> Callable[..., tuple[Tensor, ...]]:
     """One site of a decode step, made of operators."""
-    append, select, read_listed, read_all, combine = load(STEP).values()
+    append, select, read_some, read_all, combine = load(STEP).values()
 
     def step(
         query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor,
@@ -182,10 +242,10 @@ def make_step() -> Callable[..., tuple[Tensor, ...]]:
     ) -> tuple[Tensor, ...]:  # fmt: skip
         at = (position, lengths)
         append(key, value, table, *at, keys, values, *records)
-        pages = select(query, *records[:2], table, *at, 1, 1, 40, 32, 0)
-        listed = read_listed(query, keys, values, table, pages, *at, 0.1)
+        chosen = select(query, *records[:2], table, *at, 1, 1, 40, 32, 0)
+        some = read_some(query, keys, values, table, *chosen, *records[2:], *at, 0.1)
         every = read_all(query, keys, values, table, *at, 0.1)
-        return *combine(*listed, *every), pages
+        return *combine(*some, *every), *chosen
 
     return step
 
@@ -230,11 +290,13 @@ def test_operators_are_exported_with_a_table_of_any_width() -> None:
     program = torch.export.export(Step(), args, dynamic_shapes=shapes)
     called = [n for n in program.graph.nodes if str(n.target).startswith("memcompile_triton")]
     assert len(called) == 5
-    out, lse, pages = (n.meta["val"] for n in program.graph.output_node().args[0][-3:])
+    out, lse, pages, logits = (n.meta["val"] for n in program.graph.output_node().args[0][-4:])
     assert (out.shape, out.dtype) == ((2, 8, 1, 128), torch.float32)
     assert (lse.shape, lse.dtype) == ((2, 8, 1), torch.float32)
     assert (pages.shape, pages.dtype) == ((2, 2, 1, 40), torch.int32)
-    assert {t.device.type for t in (out, lse, pages)} == {"cuda"}
+    assert (logits.shape[:3], logits.dtype) == ((2, 8, 1), torch.float32)
+    assert isinstance(logits.shape[3], torch.SymInt)
+    assert {t.device.type for t in (out, lse, pages, logits)} == {"cuda"}
 
 
 @pytest.mark.parametrize(("bound", "launches"), [(4096, 1), (None, 2)])
@@ -262,10 +324,10 @@ def test_a_compiler_sees_the_kernels(bound: int | None, launches: int) -> None:
     compiled = torch.compile(make_step(), backend=aot_autograd(fw_compiler=capture), fullgraph=True)
     with pytest.raises(Exception, match="Captured"):
         compiled(*args)
-    ranked = [SELECT.name] if launches == 1 else ["rank_pages", "choose_pages"]
+    ranked = [SELECT_AND_KEEP.name] if launches == 1 else ["rank_pages", "choose_pages"]
     assert seen == [
         *(APPEND.name, *ranked),
-        *(READ["listed"].name, "merge_splits", READ["all"].name, "merge_splits", COMBINE.name),
+        *(READ["summaries"].name, "merge_splits", READ["all"].name, "merge_splits", COMBINE.name),
     ]
 
 
@@ -325,7 +387,7 @@ def test_tuned_launches_come_before_the_table(tmp_path: Path, monkeypatch: Any) 
     assert source(READ["all"], "cuda:sm_80") != after
 
 
-@pytest.mark.parametrize("spec", LLAMA_STEP, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", LLAMA_ALL, ids=lambda spec: spec.name)
 def test_candidates_are_printed_and_differ(spec: KernelSpec) -> None:
     from memcompile.codegen.triton.tune import candidates
 

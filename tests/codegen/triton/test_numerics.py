@@ -1,4 +1,4 @@
-"""Runs `numerics.py` in a process of its own: on a GPU, or interpreted where there is none."""
+"""Runs `numerics_*.py` in processes of their own: on a GPU, or interpreted where there is none."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-FILE = Path(__file__).with_name("numerics.py")
+FILES = ("numerics_attend.py", "numerics_index.py", "numerics_step.py")
 
 
 @pytest.mark.timeout(900)
-def test_kernels_compute_what_the_references_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_compute_what_the_references_do(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "MEMCOMPILE_CACHE": str(tmp_path)}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
+    file = Path(__file__).with_name(name)
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", str(FILE)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", str(file)],
         cwd=Path(__file__).parents[3],
         env=environment,
         capture_output=True,
