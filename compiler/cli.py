@@ -1,4 +1,4 @@
-"""The command line: `memcompile MODEL` builds, `inspect` only looks, `run` generates."""
+"""The command line: `memcompile MODEL` builds, `inspect` looks, `run` generates, `eval` judges."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .load import Loaded
     from .report import Report
 
-OK, INTERNAL, BAD_INPUT, NOT_REWRITTEN = 0, 1, 2, 3
+OK, INTERNAL, BAD_INPUT, NOT_REWRITTEN, READ_TOO_MUCH = 0, 1, 2, 3, 4
 # Known to every policy, beside the fields of its own.
 BUILD_OPTIONS: dict[str, Any] = {"max_context": int | None}
 
@@ -47,6 +47,7 @@ class Commands(click.Group):
         formatter.write_usage("memcompile", "MODEL [OPTIONS]")
         formatter.write_usage("memcompile", "inspect MODEL [OPTIONS]", prefix="       ")
         formatter.write_usage("memcompile", "run DIR [OPTIONS]", prefix="       ")
+        formatter.write_usage("memcompile", "eval MODEL_OR_DIR [OPTIONS]", prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         self.commands["build"].format_options(ctx, formatter)
@@ -367,6 +368,160 @@ def _generate(
     )
 
 
+@commands.command("eval")
+@click.argument("model", metavar="MODEL_OR_DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="NAME[:FIELD=VALUE,...]",
+    help="A policy to compare with dense; may be repeated. [default: the one DIR was built with]",
+)
+@click.option("--tasks", metavar="NAME,...", help="[default: all that the wording has]")
+@click.option("--lengths", metavar="N,...", default="4096", show_default=True)
+@click.option("--depths", metavar="SHARE,...", default="0,0.25,0.5,0.75,1", show_default=True)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Prompts for each task, length and depth.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Tokens scored at the end of each window of the text loss.",
+)
+@click.option(
+    "--text",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Text for filler and text loss; may be repeated.",
+)
+@click.option("--wording", metavar="NAME", help="bytes or natural. [default: by the tokenizer]")
+@click.option(
+    "--start", type=int, metavar="ID", help="First token, for models without a tokenizer.json."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to write, or to go on with; MODEL.eval in the current one if not given.",
+)
+@_kernels
+@_loading
+def evaluate(
+    model: Path,
+    policies: tuple[str, ...],
+    tasks: str | None,
+    lengths: str,
+    depths: str,
+    samples: int,
+    seed: int,
+    stride: int,
+    text: tuple[Path, ...],
+    wording: str | None,
+    start: int | None,
+    out: Path | None,
+    kernels: str | None,
+    arch: str | None,
+    arch_config: Path | None,
+    trust_pickle: bool,
+    max_context: int | None,
+    as_json: bool,
+) -> None:
+    """Measure what policies cost in quality, against dense on the same prompts.
+
+    The context is read densely, question and answer through the policy. An interrupted run is
+    taken up again by the same command.
+    """
+    from ..evaluation.tasks import TASKS
+    from ..evaluation.text_loss import NAME as TEXT_LOSS
+    from ..evaluation.wordings import PROFILES
+
+    chosen = parse_policies(policies)
+    known = [*TASKS, TEXT_LOSS]
+    wanted = [task.strip() for task in tasks.split(",")] if tasks is not None else None
+    for task in wanted or ():
+        if task not in known:
+            raise BadInput(f"--tasks: unknown task {task!r}{_nearest(task, known)}")
+    if wording is not None and wording not in PROFILES:
+        raise BadInput(f"--wording: unknown wording {wording!r}{_nearest(wording, PROFILES)}")
+    from .evaluate import Given, check_libraries, package_subject, report, subject_of
+    from .evaluate import evaluate as run_evaluation
+    from .package import is_package
+
+    given = Given(
+        chosen,
+        None if wanted is None else tuple(wanted),
+        parse_numbers("--lengths", lengths, int),
+        parse_numbers("--depths", depths, float),
+        samples,
+        seed,
+        stride,
+        text,
+        wording,
+        start,
+        kernels,
+    )
+    check_libraries()
+    folder = out or Path(default_name(model, "eval"))
+    if is_package(model):
+        unused = {"--arch": arch, "--arch-config": arch_config, "--max-context": max_context}
+        for flag, value in unused.items():
+            if value is not None:
+                raise BadInput(f"{flag} goes with a model; {model} was compiled already")
+        subject = package_subject(model)
+    else:
+        loaded, _ = _load(model, arch, arch_config, trust_pickle)
+        subject = subject_of(loaded, _absolute(model).name, max_context)
+    outcome = run_evaluation(subject, given, folder)
+    if as_json:
+        _print_json(outcome.to_json())
+        return
+    _print(report(outcome))
+    click.echo(f"wrote {', '.join(sorted(path.name for path in outcome.files))} to {folder}/")
+
+
+def parse_policies(specs: Iterable[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """`scout:budget=512,dense_layers=0` -> its name, preset and options; by the text given.
+
+    Raises:
+        BadInput: unknown policy or field, a value of another type, or a policy given twice.
+    """
+    chosen: dict[str, tuple[str, dict[str, Any]]] = {}
+    for spec in specs:
+        kind, _, fields = spec.strip().partition(":")
+        settings = [setting for setting in fields.split(",") if setting.strip()]
+        options = policy_options(kind, settings, budget=None, max_context=None)
+        if "max_context" in options:
+            raise BadInput(f"--policy {spec!r}: give --max-context, which holds for all policies")
+        values = ",".join(f"{name}={_spelled(value)}" for name, value in sorted(options.items()))
+        name = f"{kind}:{values}" if values else kind
+        if name in chosen:
+            raise BadInput(f"policy {name!r} is given twice")
+        chosen[name] = (kind, options)
+    return chosen
+
+
+def _spelled(value: Any) -> str:
+    """A value as `parse_value` reads it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def parse_numbers(flag: str, text: str, kind: type[Any]) -> tuple[Any, ...]:
+    """Numbers with commas between."""
+    try:
+        return tuple(kind(word) for word in text.split(","))
+    except ValueError:
+        spelled = {int: "whole numbers", float: "numbers"}[kind]
+        raise BadInput(f"{flag}: expected {spelled} with commas between, got {text!r}") from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (docs/cli.md lists them)."""
     with warnings.catch_warnings():
@@ -390,10 +545,13 @@ def _run(arguments: list[str] | None) -> int:
     except BadInput as error:
         return _fail(str(error), BAD_INPUT)
     except Exception as error:
+        from ..evaluation.protocol import ReadTooMuch
         from ..passes.result import NotRewritten
 
         if isinstance(error, NotRewritten):
             return _fail(str(error), NOT_REWRITTEN)
+        if isinstance(error, ReadTooMuch):
+            return _fail(str(error), READ_TOO_MUCH)
         if _is_bad_input(error):
             return _fail(_one_line(error), BAD_INPUT)
         traceback.print_exc()

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,9 @@ from .archive import one_line, read_program, rewrite
 from .folder import tokenizer_files
 
 if TYPE_CHECKING:
+    from ..models.memory import Preset
     from ..runtime.engine import Engine
+    from .capture import Captured
     from .pipeline import Compiled
 
 FORMAT = "memcompile"
@@ -91,27 +94,42 @@ def check_target(out: Path, force: bool) -> None:
         return
     if not force:
         raise FileExistsError(f"{out}: already exists and is kept; give --force to replace it")
-    if not _is_package(out):
+    if not is_package(out):
         raise FileExistsError(
             f"{out}: not a folder that memcompile wrote, so it is kept even with --force; give "
             "another --out"
         )
 
 
-def open_engine(path: str | Path, kernels: str | None = None) -> Engine:
-    """The engine kept in the folder `path`, empty, as if it had just been compiled.
+@dataclass(frozen=True)
+class Package:
+    """What a folder holds that memcompile wrote.
 
-    Nothing in the folder is executed: the program goes through the same checks as any archive.
+    Attributes:
+        captured: the program with its weights.
+        preset: the policy it was compiled with.
+        max_context: as for `build`.
+        sites: the attentions that were found then, as JSON values.
+        version: of the memcompile that wrote it.
+        sha256: fingerprint of program and weights.
+    """
 
-    Args:
-        kernels: as for `build`.
+    captured: Captured
+    preset: Preset
+    max_context: int | None
+    sites: list[Any]
+    version: str
+    sha256: str
+
+
+def read(path: str | Path) -> Package:
+    """Reads the folder `path`; nothing in it is executed, the program is checked as any archive.
 
     Raises:
         FileNotFoundError: there is no such folder, or a file of it is missing.
         ValueError: a file was changed or cut off, or another version wrote it.
     """
     from .capture import Captured
-    from .pipeline import build_captured
 
     folder = Path(path)
     manifest = _read_manifest(folder)
@@ -121,19 +139,41 @@ def open_engine(path: str | Path, kernels: str | None = None) -> Engine:
         raise ValueError(f"{folder / _MANIFEST}: damaged: its 'policy': {error}") from error
     program = read_program(folder / _PROGRAM)
     _pour(program, folder / _WEIGHTS, manifest["weights"])
-    captured = Captured(program, manifest["takes_position_ids"], manifest["model"])
-    compiled = build_captured(
-        captured,
+    files = (manifest["files"][name]["sha256"] for name in (_PROGRAM, _WEIGHTS))
+    return Package(
+        Captured(program, manifest["takes_position_ids"], manifest["model"]),
         chosen,
-        max_context=manifest["max_context"],
+        manifest["max_context"],
+        manifest["sites"],
+        manifest["memcompile"],
+        hashlib.sha256("".join(files).encode()).hexdigest(),
+    )
+
+
+def open_engine(path: str | Path, kernels: str | None = None) -> Engine:
+    """The engine kept in the folder `path`, empty, as if it had just been compiled.
+
+    Args:
+        kernels: as for `build`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read`.
+    """
+    from .pipeline import build_captured
+
+    package = read(path)
+    compiled = build_captured(
+        package.captured,
+        package.preset,
+        max_context=package.max_context,
         strict=True,
         check=False,  # checked when it was compiled; the files are the same to the bit
         kernels=kernels,
     )
-    if [site.to_json() for site in compiled.sites] != manifest["sites"]:
+    if [site.to_json() for site in compiled.sites] != package.sites:
         raise ValueError(
-            f"{folder}: memcompile {_own_version()} finds other attentions in it than memcompile "
-            f"{manifest['memcompile']}, which wrote it; compile the model again"
+            f"{path}: memcompile {_own_version()} finds other attentions in it than memcompile "
+            f"{package.version}, which wrote it; compile the model again"
         )
     return compiled.engine()
 
@@ -349,7 +389,8 @@ def _check_file(folder: Path, name: str, facts: Any) -> None:
         raise ValueError(f"{file}: not the file that was written (its sha256 differs)")
 
 
-def _is_package(folder: Path) -> bool:
+def is_package(folder: Path) -> bool:
+    """Whether memcompile wrote the folder, damaged or not."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

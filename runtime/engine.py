@@ -193,6 +193,18 @@ class Engine:
         other._state = self._state.fork() if self._state is not None else None
         return other
 
+    def adopt(self, other: Engine) -> None:
+        """Remember what `other` remembers, instead of what this engine did.
+
+        `other` may run the same model under another policy, whose memories hold all that this
+        one's need: what it has read densely need not be read again.
+
+        Raises:
+            ValueError: its sites or pages are others, or an index field is missing there.
+        """
+        held = other._state
+        self._state = held.fork(self._program.layouts) if held is not None else None
+
     def rewind(self, n: int) -> None:
         """Forget the last `n` tokens of every row.
 

@@ -11,6 +11,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -45,6 +46,12 @@ class SiteLayout:
         """Sites with the same KV heads, page size and window share one page table."""
         return (self.kv_heads, self.memory.page_size, self.window)
 
+    def serves(self, other: SiteLayout) -> bool:
+        """Whether what is held for this site is all that `other` has to hold for it."""
+        mine, others = ((x.name, x.key_dim, x.value_dim, x.dtype) for x in (self, other))
+        pages = self.table_key == other.table_key
+        return mine == others and pages and {*other.memory.fields} <= {*self.memory.fields}
+
     def pools(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape of a page in, and element type of, each pool: keys, values, index fields."""
         dims = (self.key_dim, self.value_dim)
@@ -54,6 +61,11 @@ class SiteLayout:
             dtype = torch.float32 if field == "log_count" else self.dtype
             pools.append(((field_width(field, *dims),), dtype))
         return pools
+
+
+def _places(old: SiteLayout, new: SiteLayout) -> list[int]:
+    """Where the pools of `new` stand among those of `old`: keys, values, index fields."""
+    return [0, 1, *(2 + old.memory.fields.index(field) for field in new.memory.fields)]
 
 
 def poisoned() -> bool:
@@ -283,16 +295,32 @@ class MemoryState:
         """Forgets everything; pools and tables keep their size."""
         self._truncate(np.zeros(self.batch, np.int64))
 
-    def fork(self) -> MemoryState:
-        """An independent copy: what is written to one is never seen by the other."""
-        other = copy.copy(self)
-        other._position = self._position.copy()
-        other._tables = copy.deepcopy(self._tables)
-        other._pools = [
-            self._grown_pools(layout, pools, 0, copy=True)
-            for layout, pools in zip(self.layouts, self._pools, strict=True)
+    def fork(self, layouts: Sequence[SiteLayout] | None = None) -> MemoryState:
+        """An independent copy: what is written to one is never seen by the other.
+
+        Args:
+            layouts: the same sites under other memories, for a state that these can go on with;
+                None: as they are.
+
+        Raises:
+            ValueError: a site is another, has other pages, or an index field that is not here.
+        """
+        chosen = self.layouts if layouts is None else tuple(layouts)
+        for own, other in zip_longest(self.layouts, chosen):
+            if own is None or other is None or not own.serves(other):
+                raise ValueError(
+                    f"a memory of {own} cannot go on as one of {other}: give the same sites, with "
+                    "pages of one size and index fields that are among those held"
+                )
+        forked = copy.copy(self)
+        forked.layouts = chosen
+        forked._position = self._position.copy()
+        forked._tables = copy.deepcopy(self._tables)
+        forked._pools = [
+            self._grown_pools(new, [pools[i] for i in _places(old, new)], 0, copy=True)
+            for old, new, pools in zip(self.layouts, chosen, self._pools, strict=True)
         ]
-        return other
+        return forked
 
     def tensors(self) -> list[Tensor]:
         """Per site: page_table, key_pages, value_pages, then its index fields in order."""

@@ -47,6 +47,25 @@ def test_the_python_of_the_readme_runs(folder: Path, capsys: pytest.CaptureFixtu
     assert "scout" in capsys.readouterr().out
 
 
+def test_the_command_of_the_evaluation_guide_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from memcompile.compiler.cli import main
+
+    (block,) = blocks((ROOT / "docs/evaluation.md").read_text(), "bash")
+    assert main(shlex.split(block.replace("\\\n", " "))[1:]) == 0, capsys.readouterr().err
+    assert "no claim: budget > 1/8" not in capsys.readouterr().out
+    assert (folder / "out/table.md").is_file()
+
+
+def test_the_python_of_the_evaluation_guide_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = blocks((ROOT / "docs/evaluation.md").read_text(), "python")
+    exec(compile(code, "evaluation.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("1.0 ")
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):

@@ -17,9 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LAW: dict[str, tuple[set[str], set[str]]] = {
     "": ({"compiler", "models", "runtime"}, {"torch"}),
     "compiler": (
-        {"compiler", "runtime", "passes", "codegen", "models"},
+        {"compiler", "evaluation", "runtime", "passes", "codegen", "models"},
         {"torch", "numpy", "networkx", "safetensors", "rich", "click", "transformers"}
-        | {"tokenizers", "onnx", "onnxscript", "onnxruntime", "torch_tensorrt"},
+        | {"tokenizers", "onnx", "onnxscript", "onnxruntime", "torch_tensorrt", "lm_eval"},
+    ),
+    "evaluation": (
+        {"evaluation", "runtime", "models"},
+        {"torch", "numpy", "rich", "matplotlib", "scipy", "lm_eval"},
     ),
     "runtime": ({"runtime", "models", "codegen"}, {"torch", "numpy", "transformers"}),
     "passes": ({"passes", "models"}, {"torch", "networkx", "sympy"}),
@@ -42,6 +46,8 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
 LAZY = {"transformers", "tokenizers", "triton", "onnx", "onnxscript", "onnxruntime"} | {
     "torch_tensorrt",
     "torch._inductor",
+    "matplotlib",
+    "scipy",
 }
 NOT_SOURCES = {"tests", "docs", "build", "dist", "out"}
 

@@ -66,15 +66,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, block: int = 0) -> Tensor:
         batch, length, _ = x.shape
         q, k, v = (
             projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, H, T, D], [B, Hkv, T, D], [B, Hkv, T, D]
-        out = functional.scaled_dot_product_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=True
-        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if block:
+            out = blockwise_attention(q, k, v, block)
+        else:
+            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         flat: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
         return flat
 
@@ -103,8 +105,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, block: int = 0) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, block)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -138,31 +140,60 @@ class BytesLlama(nn.Module):
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits [B, T, 256] of the byte after each of input_ids [B, T]; positions start at 0."""
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None, block: int = 0) -> Tensor:
+        """Logits [B, T, 256] of the byte after each of input_ids [B, T].
+
+        Args:
+            input_ids: bytes, int64.
+            positions: place of each byte, [B, T] int64, rising; None counts from 0.
+            block: queries that `blockwise_attention` takes at a time; 0 leaves attention to torch.
+        """
         x = self.model.embed_tokens(input_ids)
-        cos, sin = rotary_table(self.config, input_ids.shape[1], x.device, x.dtype)
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=x.device)[None]
+        cos, sin = rotary_table(self.config, positions, x.dtype)
         for layer in self.model.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, block)
         return functional.linear(self.model.norm(x), self.model.embed_tokens.weight)
 
 
 def rotary_table(
-    config: BytesLlamaConfig, length: int, device: torch.device, dtype: torch.dtype
+    config: BytesLlamaConfig, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, head_dim / 2] of positions 0..T-1, computed in at least float32."""
+    """Cosines and sines [B, 1, T, head_dim / 2] of positions [B, T], in at least float32."""
     wide = torch.promote_types(dtype, torch.float32)
-    half = torch.arange(0, config.head_dim, 2, device=device, dtype=wide) / config.head_dim
-    positions = torch.arange(length, device=device, dtype=wide)
-    angles = positions[:, None] * (config.rope_theta**-half)[None, :]
+    half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=wide)
+    angles = positions[:, None, :, None].to(wide) * config.rope_theta ** -(half / config.head_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on x [B, H, T, D] with tables [T, D / 2]."""
+    """Rotary positions on x [B, H, T, D] with tables [B, 1, T, D / 2]."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+    """Causal attention, q [B, H, T, D] over k, v [B, Hkv, T, D], `block` queries at a time.
+
+    On a CPU without tile instructions the two matrix products are two to five times as fast as
+    torch's fused kernel in bfloat16, and a block reads no key behind its last query. Probabilities
+    are kept for the gradient: that is B * H * T^2 / 2 numbers a layer.
+    """
+    heads, length, width = q.shape[1:]
+    groups = k.shape[1]
+    q = (q * width**-0.5).unflatten(1, (groups, heads // groups))
+    blocks = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        rows = q[:, :, :, start:end].flatten(2, 3)  # [B, Hkv, G * n, D]
+        scores = (rows @ k[:, :, :end].mT).unflatten(2, (-1, end - start))  # [B, Hkv, G, n, end]
+        future = torch.full((end - start, end), -torch.inf, dtype=q.dtype, device=q.device)
+        shares = (scores + future.triu(start + 1)).softmax(-1, dtype=q.dtype)
+        mixed = shares.flatten(2, 3) @ v[:, :, :end]  # [B, Hkv, G * n, D]
+        blocks.append(mixed.unflatten(2, (-1, end - start)).flatten(1, 2))
+    return torch.cat(blocks, dim=2)
 
 
 def transformers_config(config: BytesLlamaConfig, dtype: str = "bfloat16") -> dict[str, Any]:
@@ -196,8 +227,11 @@ def byte_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def tokenizer_files() -> dict[str, Any]:
-    """Contents of `tokenizer.json` and `tokenizer_config.json`: a token's id is its byte value."""
+def tokenizer_files(longest: int) -> dict[str, Any]:
+    """`tokenizer.json` and `tokenizer_config.json`: a token's id is its byte value.
+
+    `longest` is the number of tokens that the model was made for.
+    """
     byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -228,7 +262,7 @@ def tokenizer_files() -> dict[str, Any]:
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": BytesLlamaConfig.max_position_embeddings,
+        "model_max_length": longest,
         "clean_up_tokenization_spaces": False,
     }
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}
@@ -238,11 +272,17 @@ def save(network: BytesLlama, folder: Path, dtype: torch.dtype = torch.bfloat16)
     """Write a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` load."""
     folder.mkdir(parents=True, exist_ok=True)
     name = str(dtype).removeprefix("torch.")
-    files = {"config.json": transformers_config(network.config, name), **tokenizer_files()}
+    files = {
+        "config.json": transformers_config(network.config, name),
+        **tokenizer_files(network.config.max_position_embeddings),
+    }
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     tensors = {key: value.to(dtype).contiguous() for key, value in network.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    # Weights of an earlier run stay whole until the new ones are.
+    partial = folder / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / "model.safetensors")
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> BytesLlama:

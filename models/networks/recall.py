@@ -7,6 +7,7 @@ text.
 
 from __future__ import annotations
 
+import itertools
 import random
 import sysconfig
 import zlib
@@ -141,7 +142,7 @@ def recall_prompt(
             f"length={length} is too short for {facts} fact(s) and a question, which take "
             f"{length - room} bytes; give a greater length or fewer facts."
         )
-    filler = _filler(rng, library_text(held_out=True) if text is None else text, room)
+    filler = filler_text(rng, library_text(held_out=True) if text is None else text, room)
     boundaries = _line_starts(filler)
     depths = [rng.random() for _ in lines]
     if depth is not None:
@@ -220,16 +221,46 @@ def training_document(
         if rng.random() < 0.5:
             last = rng.choice(facts)
             events.append((2.0, _asked(last)))
-        events.sort(key=lambda event: event[0])
-        room = max(0, length - sum(len(event[1][0]) for event in events))
-        filler = _filler(rng, text, room)
-        boundaries = _line_starts(filler)
-        done = 0
-        for at, event in events:
-            place = max(done, _nearest(boundaries, min(at, 1.0) * room))
-            pieces += [(filler[done:place], bytes([TEXT]) * (place - done)), event]
-            done = place
-        pieces.append((filler[done:], bytes([TEXT]) * (room - done)))
+        return place_events(rng, text, length, events)
+    return _joined(pieces, length)
+
+
+def place_events(
+    rng: random.Random,
+    text: bytes,
+    length: int,
+    events: list[tuple[float, tuple[bytes, bytes]]],
+    subjects: int = 1,
+) -> tuple[bytes, bytes]:
+    """Lines spread over filler from `text`, in the order of their places, as a document.
+
+    Args:
+        rng: draws the filler.
+        text: where filler comes from; unused if the lines leave no room.
+        length: bytes of the document; lines that would stand beyond it are cut off.
+        events: for each line its place, 0.0 (start) to 1.0 (end) and more, its bytes, their roles.
+        subjects: places in `text` that the filler is taken from, one after the other.
+
+    Returns:
+        The document's bytes and the role of each.
+    """
+    pieces: list[tuple[bytes, bytes]] = []
+    room = max(0, length - sum(len(line) for _, (line, _) in events))
+    cuts = [room * i // subjects for i in range(subjects + 1)]
+    filler = b"".join(
+        filler_text(rng, text, end - start) for start, end in itertools.pairwise(cuts)
+    )
+    boundaries = _line_starts(filler)
+    done = 0
+    for at, event in sorted(events, key=lambda event: event[0]):
+        place = max(done, _nearest(boundaries, min(at, 1.0) * room))
+        pieces += [(filler[done:place], bytes([TEXT]) * (place - done)), event]
+        done = place
+    pieces.append((filler[done:], bytes([TEXT]) * (room - done)))
+    return _joined(pieces, length)
+
+
+def _joined(pieces: list[tuple[bytes, bytes]], length: int) -> tuple[bytes, bytes]:
     document = b"".join(piece for piece, _ in pieces)[:length]
     roles = b"".join(role for _, role in pieces)[:length]
     return document, roles
@@ -252,7 +283,7 @@ def _asked(fact: tuple[str, str], bare: bool = False) -> tuple[bytes, bytes]:
     return line[start:], roles[start:]
 
 
-def _filler(rng: random.Random, text: bytes, room: int) -> bytes:
+def filler_text(rng: random.Random, text: bytes, room: int) -> bytes:
     """`room` bytes of text from a random line on, the last one a newline."""
     if room == 0:
         return b""

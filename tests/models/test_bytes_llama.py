@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,28 @@ def test_logits_are_those_of_transformers(
     tokens = torch.randint(0, 256, (3, 37))
     reference = load(tmp_path, dtype).to(torch.float64)(tokens)
     assert_close_to_float64(ours(tokens), theirs(tokens).logits, reference)
+
+
+@pytest.mark.parametrize("block", [1, 16, 64], ids=["single", "odd-rest", "whole"])
+@torch.no_grad()
+def test_blockwise_attention_is_attention(network: BytesLlama, block: int) -> None:
+    tokens = torch.randint(0, 256, (3, 37))
+    reference = deepcopy(network).to(torch.float64)(tokens)
+    assert_close_to_float64(network(tokens, block=block), network(tokens), reference)
+
+
+@torch.no_grad()
+def test_positions_are_those_of_transformers(network: BytesLlama, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    save(network, tmp_path, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = torch.randint(0, 256, (2, 37))
+    positions = torch.randint(1, 50, (2, 37)).cumsum(1)
+    reference = deepcopy(network).to(torch.float64)(tokens, positions)
+    eager = theirs(tokens, position_ids=positions).logits
+    assert_close_to_float64(network(tokens, positions), eager, reference)
+    assert not torch.equal(network(tokens, positions), network(tokens))
 
 
 def test_parameters_have_the_names_of_transformers(network: BytesLlama, tmp_path: Path) -> None:
@@ -124,4 +147,6 @@ def test_alphabet_is_that_of_the_byte_level_tokenizer() -> None:
 
     assert len(set(byte_alphabet())) == 256
     assert set(byte_alphabet()) == set(pre_tokenizers.ByteLevel.alphabet())
-    assert tokenizer_files()["tokenizer.json"]["model"]["merges"] == []
+    files = tokenizer_files(longest=77)
+    assert files["tokenizer.json"]["model"]["merges"] == []
+    assert files["tokenizer_config.json"]["model_max_length"] == 77

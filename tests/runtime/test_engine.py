@@ -85,6 +85,30 @@ def test_fork_rewind_reset(engine):
     engine.prefill(tokens(2, 3))
 
 
+def test_an_engine_goes_on_with_what_another_policy_read(engine):
+    narrow = build(PositionedDecoder(0), "scout", **{**SCOUT, "budget": 24}).engine()
+    dense = build(PositionedDecoder(0), "dense", page_size=8).engine()
+    given, more = tokens(2, 50), tokens(2, 5)
+    engine.prefill(given)
+    for other in (narrow, dense):
+        read = other.fork()
+        read.prefill(given)
+        expected = read(more)
+        other.prefill(tokens(1, 3))
+        other.adopt(engine)
+        assert other.position == [50, 50]
+        assert torch.equal(other(more), expected)
+        other.adopt(engine)
+        assert torch.equal(other(more), expected)
+    assert engine.position == [50, 50]
+    with pytest.raises(ValueError, match=r"cannot go on as one of .*index fields that are among"):
+        engine.adopt(dense)
+    assert engine.position == [50, 50]
+    engine.reset()
+    dense.adopt(engine)
+    assert dense.position == []
+
+
 def test_generate_is_greedy_and_stops(engine):
     given = tokens(2, 9)
     out = engine.fork().generate(given, 5)

@@ -292,6 +292,30 @@ def test_refusals_say_what_was_given_and_how_to_mend(act: object, message: str) 
         act()  # type: ignore[operator]
 
 
+def test_a_state_goes_on_under_memories_that_need_no_more_than_it_holds() -> None:
+    state = states()
+    driven = Driven(state)
+    driven.append([20, 3, 9])
+    plain = [layout(site.name, DENSE, site.window) for site in SITES]
+    forked = state.fork(plain)
+    assert forked.layouts == tuple(plain) and forked.position == state.position
+    # A page table, keys and values a site, and no index.
+    assert [len(pools) for pools in forked._pools] == [2, 2, 2]
+    assert state.layouts == tuple(SITES)
+    other = Driven(forked)
+    other.tokens = copy.deepcopy(driven.tokens)
+    other.append([1, 1, 1])
+    other.check_pages()
+    assert state.position == [20, 3, 9]
+    driven.check_pages()
+    sixteen = layout("dense", Dense(16).memory(0, 0))
+    for sites in (SITES[:2], [*SITES[:2], layout("other")], [sixteen, *SITES[1:]]):
+        with pytest.raises(ValueError, match="cannot go on as one of"):
+            state.fork(sites)
+    with pytest.raises(ValueError, match="cannot go on as one of"):
+        forked.fork(SITES)
+
+
 def test_rewinding_into_recycled_pages_is_refused_but_to_the_start_is_not() -> None:
     state = MemoryState([layout("sliding", DENSE, 13)], 1, "cpu")
     driven = Driven(state)

@@ -1,0 +1,1 @@
+"""Evaluation: what a memory costs in quality, measured so that it cannot flatter."""

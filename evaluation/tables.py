@@ -1,0 +1,120 @@
+"""Rows as tables: for the terminal, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .statistics import Interval
+from .summary import Row
+from .text_loss import NAME as TEXT_LOSS
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+FOOT = (
+    "The context is read densely, question and answer through the policy. Brackets: 95 % "
+    "bootstrap intervals over prompts; differences are paired with dense on the same prompts. "
+    "Bytes: read by one token of question and answer, index included, over all layers. Pages: the "
+    "share of those that dense reads. Dense: layers that read every page. No claim is made where "
+    "dense itself does not succeed, or where the budget is above an eighth of the context."
+)
+_SCORE = ("task", "length", "policy", "score, %", "difference", "bytes", "pages", "dense")
+_LOSS = ("task", "length", "policy", "nats", "difference", "bits a byte", *_SCORE[5:])
+
+
+def table(rows: Sequence[Row], title: str) -> Group:
+    """The rows, a section for each task and length; long names of policies stand below."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    labels = _labels([*dict.fromkeys(row.policy for row in rows)])
+    shown: list[Table | Text] = []
+    for heads, part in _parts(rows):
+        grid = Table(
+            title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+        )
+        grid.add_column("task, length, policy", no_wrap=True)
+        for head in heads[3:]:
+            grid.add_column(head, justify="right", no_wrap=True)
+        grid.add_column("verdict", min_width=26)
+        before: tuple[str, int] | None = None
+        for row in part:
+            place = (row.task, row.length)
+            if place != before:
+                if before:
+                    grid.add_section()
+                grid.add_row(f"{row.task}, {row.length} tokens", style="bold")
+            before = place
+            # What no claim can be made of stands back.
+            style = None if row.claim or row.difference is None else "dim"
+            grid.add_row(f"  {labels[row.policy]}", *_cells(row)[3:], style=style)
+        shown.append(grid)
+    named = [f"{label}: {name}" for name, label in labels.items() if label != name]
+    return Group(*shown, *(Text(line) for line in (*named, FOOT)))
+
+
+def markdown(rows: Sequence[Row], title: str) -> str:
+    """The same as a Markdown document."""
+    lines = [f"# {title}", ""]
+    for heads, part in _parts(rows):
+        lines += [f"| {' | '.join([*heads, 'verdict'])} |", "|---" * (len(heads) + 1) + "|"]
+        lines += [f"| {' | '.join(_cells(row))} |" for row in part] + [""]
+    return "\n".join([*lines, FOOT, ""])
+
+
+def _parts(rows: Sequence[Row]) -> list[tuple[tuple[str, ...], list[Row]]]:
+    """Scores and losses apart: they have other columns."""
+    parts = [
+        (_SCORE, [row for row in rows if row.task != TEXT_LOSS]),
+        (_LOSS, [row for row in rows if row.task == TEXT_LOSS]),
+    ]
+    return [part for part in parts if part[1]]
+
+
+def _labels(policies: Sequence[str]) -> dict[str, str]:
+    """Short names: of policies that differ in their options, the kind and a number."""
+    kinds = [policy.partition(":")[0] for policy in policies]
+    return {
+        policy: kind if kinds.count(kind) == 1 else f"{kind}-{kinds[:i].count(kind) + 1}"
+        for i, (policy, kind) in enumerate(zip(policies, kinds, strict=True))
+    }
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    loss = row.task == TEXT_LOSS
+    factor, places = (1, 3) if loss else (100, 1)
+    bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}"
+    return (
+        row.task,
+        str(row.length),
+        row.policy,
+        _interval(row.value, factor, places, ""),
+        _interval(row.difference, factor, places, "+"),
+        *((bits,) if loss else ()),
+        _bytes(row.bytes_per_token),
+        f"{row.pages_read / row.pages_dense:.1%}" if row.pages_dense else "-",
+        f"{row.kept_dense}/{row.sites}",
+        row.verdict,
+    )
+
+
+def _interval(shown: Interval | None, factor: float, places: int, sign: str) -> str:
+    if shown is None:
+        return "-"
+    mean, low, high = (
+        f"{factor * figure:{sign}.{places}f}" for figure in (shown.mean, shown.low, shown.high)
+    )
+    return f"{mean} [{low}, {high}]"
+
+
+def _bytes(size: float | None) -> str:
+    if size is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
