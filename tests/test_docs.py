@@ -33,7 +33,7 @@ def test_the_commands_of_the_readme_run(folder: Path, capsys: pytest.CaptureFixt
         for line in block.splitlines()
         if line.startswith("memcompile ")
     ]
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         code = main(shlex.split(line)[1:])
         assert code == 0, capsys.readouterr().err
