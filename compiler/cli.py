@@ -379,7 +379,7 @@ def _generate(
 )
 @click.option("--tasks", metavar="NAME,...", help="[default: all that the wording has]")
 @click.option("--lengths", metavar="N,...", default="4096", show_default=True)
-@click.option("--depths", metavar="SHARE,...", default="0,0.25,0.5,0.75,1", show_default=True)
+@click.option("--depths", metavar="SHARE,...", default="0.1,0.3,0.5,0.7,0.9", show_default=True)
 @click.option(
     "--samples",
     type=click.IntRange(min=1),

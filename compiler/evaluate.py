@@ -123,6 +123,9 @@ class FileTokenizer:
             self._fast = Fast.from_file(str(path))
         except Exception as error:  # the library raises its base class
             raise ValueError(f"{path}: no tokenizer that can be read: {one_line(error)}") from error
+        # Cutting and padding are settings of whoever used it last, not of the model.
+        self._fast.no_truncation()
+        self._fast.no_padding()
         self._path = path
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
 

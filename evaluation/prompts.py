@@ -25,11 +25,13 @@ class Question:
         text: an unfinished line.
         answers: what has to be found in what is written; the score is the share that is.
         written: a right answer, as the wording would write it: sets the tokens to write.
+        begins: the word that an answer must begin with for anything in it to count.
     """
 
     text: str
     answers: tuple[str, ...]
     written: str
+    begins: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,14 @@ class Asked:
 
     Attributes:
         tokens: what follows the context.
-        answers: as in `Question`.
+        answers, begins: as in `Question`.
         room: tokens to write.
     """
 
     tokens: tuple[int, ...]
     answers: tuple[str, ...]
     room: int
+    begins: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def _prompt(
     if offsets:
         depth = len(tokenizer.encode(text[: offsets[0]])) / max(1, len(context))
     asked = tuple(
-        Asked(tuple(tokens[cut:]), question.answers, room)
+        Asked(tuple(tokens[cut:]), question.answers, room, question.begins)
         for tokens, question, room in zip(whole, outline.questions, rooms, strict=True)
     )
     return Prompt((*start, *context[:cut]), asked, round(min(1.0, depth), 4), end)

@@ -142,7 +142,7 @@ def ask(
         allowed = contender.pages_allowed(len(prompt.context), read.tokens)
         counts += replace(read, pages_allowed=allowed)
         written.append(with_text)
-        scores.append(score(with_text, asked.answers, prompt.end))
+        scores.append(score(with_text, asked.answers, prompt.end, asked.begins))
     check(contender, len(prompt.context), counts)
     return Answered(sum(scores) / len(scores), tuple(written), counts)
 
@@ -181,9 +181,16 @@ def check(contender: Contender, context: int, counts: Counts) -> None:
     )
 
 
-def score(written: str, answers: Sequence[str], end: str = "") -> float:
-    """The share of `answers` that stand in the first line of `written` as whole words."""
+def score(written: str, answers: Sequence[str], end: str = "", begins: str = "") -> float:
+    """The share of `answers` that stand in the first line of `written` as whole words.
+
+    Args:
+        end: what an answer ends with; without a newline in it, `written` is one line.
+        begins: the word with which the line has to begin; if it does not, nothing counts.
+    """
     line = written.lstrip().split("\n")[0] if "\n" in end else written
+    if begins and not re.match(rf"\s*{re.escape(begins)}(?!\w)", line):
+        return 0.0
     found = [a for a in answers if re.search(rf"(?<!\w){re.escape(a)}(?!\w)", line)]
     return len(found) / len(answers)
 

@@ -84,6 +84,11 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{path}: records without {SETTINGS}, so it is not known what they hold for; give "
             "another --out"
         )
+    elif folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder}: holds files, and none of an evaluation; nothing of yours is overwritten: "
+            "give a new or an empty folder as --out"
+        )
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,8 +110,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
         dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
     ) as beside:
         beside.write(data)
-    os.chmod(beside.name, 0o644)
-    os.replace(beside.name, path)
+    try:
+        os.chmod(beside.name, 0o644)
+        os.replace(beside.name, path)
+    except OSError:
+        os.unlink(beside.name)
+        raise
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:

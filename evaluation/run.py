@@ -57,6 +57,8 @@ class Plan:
             raise ValueError(f"samples is {self.samples}; give at least 1, below a million in all")
         if not all(0.0 <= depth <= 1.0 for depth in self.depths):
             raise ValueError(f"depths {list(self.depths)}: each is a share of the context, 0 to 1")
+        if min(self.lengths) < 1:
+            raise ValueError(f"lengths {[*self.lengths]}: each is a number of tokens, at least 1")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; give a whole number of at least 0")
 

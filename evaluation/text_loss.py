@@ -112,8 +112,14 @@ def text_loss(
     first = len(window.read)
     counts = replace(counts, pages_allowed=contender.pages_allowed(first, counts.tokens))
     check(contender, first, counts)
-    text = tokenizer.decode(window.scored)
-    return Loss(float(torch.cat(nats).mean()), len(text.encode()), counts)
+    before, after = window.context, (*window.context, *window.scored)
+    spanned = _bytes(tokenizer.decode(after)) - _bytes(tokenizer.decode(before))
+    return Loss(float(torch.cat(nats).mean()), spanned, counts)
+
+
+def _bytes(text: str) -> int:
+    """UTF-8 bytes; what stands for a part of a character, cut off by a window's edge, is one."""
+    return len(text.replace("\ufffd", "?").encode())
 
 
 def bits_per_byte(nats: float, tokens: int, text_bytes: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..filler import Stretch
-from ..prompts import Outline, Statement
+from ..prompts import Outline, Question, Statement
 from .task import Draw, Task
 
 # The rule stands in this first share of the context.
@@ -17,7 +17,7 @@ OWN = "of this project"
 def _late_constraint(draw: Draw) -> Outline:
     """A rule early on, facts anywhere; the question does not mention the rule.
 
-    An answer is right that obeys the rule and holds the value: both in one piece.
+    An answer is right that begins with the rule's word and holds the value.
     """
     wording, names = draw.wording, draw.names
     word = names.name()
@@ -28,8 +28,8 @@ def _late_constraint(draw: Draw) -> Outline:
         for key, value in facts
     ]
     key, value = facts[0]
-    answer = wording.obeyed.format(word=word, value=value)
-    question = draw.ask(wording.obey.format(key=key), [answer])
+    written = wording.before + wording.obeyed.format(word=word, value=value) + wording.end
+    question = Question(wording.obey.format(key=key), (value,), written, begins=word)
     return Outline(draw.filler.open(draw.rng, names.taken), tuple(statements), (question,))
 
 

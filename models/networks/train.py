@@ -29,6 +29,9 @@ VECTOR_RATE = 0.004
 WARMUP_STEPS = 50
 DECAY_FROM = 0.5
 CURVE_STEPS = 50
+STEPS_A_SEED = 100_000_007
+# The documents of every seed below this one are drawn with seeds below those held out.
+SEEDS = recall.HELD_OUT_SEEDS // STEPS_A_SEED
 
 
 def draw_batch(
@@ -36,7 +39,7 @@ def draw_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Documents, roles and positions [B, T] of one step; a function of its arguments alone."""
     stage = next(stage for stage in recipe.stages if progress <= stage.until)
-    rng = random.Random(seed * 100_000_007 + step)
+    rng = random.Random(seed * STEPS_A_SEED + step)
     length = stage.lengths[step % len(stage.lengths)]
     documents = [
         recipe.documents(rng, text, length, stage.diet) for _ in range(stage.tokens // length)
@@ -130,6 +133,11 @@ def train(
         ValueError: `weights` holds a network of other sizes, `start` is not a share below one, or
             the resumable state belongs to another run.
     """
+    if not 0 <= seed < SEEDS:
+        raise ValueError(
+            f"seed={seed}: give 0 to {SEEDS - 1}; documents of others would be drawn with seeds "
+            "that are held out."
+        )
     if not 0.0 <= start < 1.0:
         raise ValueError(f"start={start} is not a share below 1; give 0.0 for the whole recipe.")
     minutes = recipe.minutes if minutes is None else minutes
@@ -143,6 +151,8 @@ def train(
         torch.optim.AdamW(rest, VECTOR_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     begun = {"seed": seed, "start": start, "from": weights and str(weights)} | asdict(recipe.config)
+    stages = [{**asdict(stage), "lengths": [*stage.lengths]} for stage in recipe.stages]
+    begun["stages"] = stages
     done = Progress()
     state_file = out / "resume.pt"
     if state_file.is_file():
@@ -227,7 +237,7 @@ def train(
         "wall_minutes": round(done.wall_seconds / 60, 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "stages": [{**asdict(stage), "lengths": [*stage.lengths]} for stage in recipe.stages],
+        "stages": stages,
         # Figures are those of the rounded weights that were written, not of the float32 ones.
         "held_out": figures(load(out).to(device), recipe),
         "curve": done.curve,

@@ -215,6 +215,7 @@ def test_what_cannot_be_compared_is_refused_before_the_run(
         ({"tasks": ("sinlge",)}, "unknown task 'sinlge'; known: single, "),
         ({"tasks": ()}, "tasks: give at least one"),
         ({"lengths": (8, 8)}, "lengths: give at least one, and none twice"),
+        ({"lengths": (0, 8)}, r"lengths \[0, 8\]: each is a number of tokens, at least 1"),
         ({"depths": (1.5,)}, "share of the context"),
         ({"samples": 0}, "samples is 0"),
         ({"seed": -1}, "seed is -1"),
@@ -241,6 +242,21 @@ def test_a_score_is_the_share_of_answers_found_as_whole_words(
     written: str, answers: tuple[str, ...], end: str, expected: float
 ) -> None:
     assert score(written, answers, end) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (" kalubi 4821.\n", 1.0),
+        (" kalubi. The secret number is 4821.\n", 1.0),
+        ("kalubi, 4821", 1.0),
+        ("kalubis 4821", 0.0),
+        ("the word kalubi 4821", 0.0),
+        ("kalubi 48211", 0.0),
+    ],
+)
+def test_an_answer_under_a_rule_begins_with_its_word(written: str, expected: float) -> None:
+    assert score(written, ("4821",), ".\n", "kalubi") == expected
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,16 @@ def test_a_folder_with_records_of_unknown_settings_is_refused(tmp_path: Path) ->
         pass
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "table.md").write_text("mine")
+    with (
+        pytest.raises(FileExistsError, match="holds files, and none of an evaluation"),
+        open_records(tmp_path, {"seed": 0}),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+
+
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     with (

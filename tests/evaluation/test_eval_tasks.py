@@ -99,10 +99,10 @@ def solved(task: str, wording: Wording, context: str, question: str) -> set[str]
             chain.append(given[chain[-1]])
         return {*chain[1:]}
     if task == "late-constraint":
-        (rule,) = facts(wording.rule)
+        assert len(facts(wording.rule)) == 1
         key = asked(wording.obey)["key"]
         values = [fact["value"] for fact in facts(wording.fact) if fact["key"] == key]
-        return {wording.obeyed.format(word=rule["word"], value=value) for value in values}
+        return {*values}
     template = wording.note if task == "topic-shift" else wording.fact
     known = {fact["key"]: fact["value"] for fact in facts(template)}
     if task == "multi-query" and wording.many:
@@ -128,6 +128,10 @@ def test_a_prompt_fits_its_length_and_holds_its_answer_once(
         assert question.strip() and len({*answers}) == len(answers)
         assert solved(task, wording, context, question) == {*answers}
     for asked in prompt.asked:
+        if task == "late-constraint":
+            assert wording.rule.format(word=asked.begins) in tokenizer.decode(prompt.context)
+        else:
+            assert not asked.begins
         written = wording.before + wording.joiner.join(asked.answers) + wording.end
         assert asked.room >= len(tokenizer.encode(written)) - 1
 

@@ -141,6 +141,17 @@ def test_choices_of_one_context_read_it_once(scout: MemcompileLM) -> None:
         del scout._engine.prefill
 
 
+def test_requests_with_nothing_to_skip_are_told_of_once(
+    scout: MemcompileLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh = EngineLM(scout.contender, scout.tokens)
+    ask(fresh, "loglikelihood", PROMPTS[0].prompt.decode(), "0000")
+    assert "nothing about the policy" not in caplog.text
+    for _ in range(2):
+        ask(fresh, "loglikelihood", "x = ", "0000")
+    assert caplog.text.count("such requests say nothing about the policy") == 1
+
+
 def test_contexts_that_are_too_long_lose_their_beginning(
     dense: MemcompileLM, caplog: pytest.LogCaptureFixture
 ) -> None:

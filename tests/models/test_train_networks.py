@@ -205,3 +205,11 @@ def test_command_line_trains(
     log = json.loads((tmp_path / "training.json").read_text())
     assert log["command"].endswith("train --recipe small --minutes 5 --steps 2 --seed 0")
     assert json.loads(capsys.readouterr().out) == log["held_out"]
+
+
+@pytest.mark.parametrize("seed", [-1, train.SEEDS])
+def test_seeds_that_reach_held_out_documents_are_refused(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(ValueError, match=f"seed={seed}: give 0 to {train.SEEDS - 1}"):
+        train.train(tmp_path, tiny(SMALL), seed=seed)
+    last = (train.SEEDS - 1) * train.STEPS_A_SEED + train.STEPS_A_SEED - 1
+    assert last < recall.HELD_OUT_SEEDS
