@@ -80,6 +80,16 @@ def commit(root: Path = Path(__file__).parents[1]) -> dict[str, Any]:
     }
 
 
+def portable(arguments: list[str]) -> list[str]:
+    """Arguments without `--out PATH`: where a result was put is one machine's own affair."""
+    kept: list[str] = []
+    for i, argument in enumerate(arguments):
+        value_of_out = i > 0 and arguments[i - 1] == "--out"
+        if not (value_of_out or argument == "--out" or argument.startswith("--out=")):
+            kept.append(argument)
+    return kept
+
+
 def record(
     name: str, rows: list[dict[str, Any]], setting: dict[str, Any], bars: list[Bar]
 ) -> dict[str, Any]:
@@ -87,7 +97,7 @@ def record(
     return {
         "benchmark": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *portable(sys.argv[1:])],
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,27 +106,9 @@ def page_scores(rows: Tensor, records: dict[str, Tensor], score: str) -> Tensor:
     return best
 
 
-def score_select(
-    query: Tensor,
-    index: list[Tensor],
-    fields: list[str],
-    page_table: Tensor,
-    position: Tensor,
-    lengths: Tensor,
-    score: str,
-    page_size: int,
-    sink_pages: int,
-    window_pages: int,
-    capacity: int,
-    budget_pages: int,
-    dense_below: int,
-) -> Tensor:
-    pages, _ = score_select_page_logits(
-        *(query, index, fields, page_table, position, lengths, score, page_size),
-        *(sink_pages, window_pages, capacity, budget_pages, dense_below),
-        logits=False,
-    )
-    return pages
+def score_select(*arguments: Any) -> Tensor:
+    """The pages alone, of the arguments of `score_select_page_logits`."""
+    return score_select_page_logits(*arguments, logits=False)[0]
 
 
 def score_select_page_logits(
@@ -142,6 +125,7 @@ def score_select_page_logits(
     capacity: int,
     budget_pages: int,
     dense_below: int,
+    *,
     logits: bool = True,
 ) -> tuple[Tensor, Tensor]:
     known("score", score, SCORE_FIELDS)

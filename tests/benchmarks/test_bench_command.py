@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,28 @@ def test_a_quick_run_writes_a_whole_result(
     assert all(math.isfinite(number) for number in numbers(result["rows"]))
     for bar in result["bars"]:
         assert bar["met"] in (None, True, False)
+
+
+@pytest.mark.parametrize("out", [["--out", "/home/me/x"], ["--out=/home/me/x"]])
+def test_a_recorded_command_names_no_folder(out: list[str]) -> None:
+    assert results.portable(["linear", *out, "--rounds", "3"]) == ["linear", "--rounds", "3"]
+
+
+def test_published_results_name_no_machines_paths() -> None:
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            value = [*value.values()]
+        if isinstance(value, list):
+            for item in value:
+                yield from texts(item)
+        elif isinstance(value, str):
+            yield value
+
+    published = sorted(results.FOLDER.glob("*.json"))
+    assert published
+    for path in published:
+        paths = [text for text in texts(json.loads(path.read_text())) if text.startswith("/")]
+        assert not paths, path.name
 
 
 @pytest.mark.parametrize(("value", "code"), [(1.0, 1), (3.0, 0), (None, 0)])

@@ -257,3 +257,15 @@ def test_specs_of_policies_are_read_and_named() -> None:
         "scout:budget=512,compensate=false": ("scout", {"budget": 512, "compensate": False})
     }
     assert parse_numbers("--depths", "0, 0.5", float) == (0.0, 0.5)
+
+
+def test_a_tokenizer_neither_cuts_nor_pads(tmp_path: Path) -> None:
+    """Whoever used the file last may have left both on."""
+    from tokenizers import Tokenizer
+
+    fast = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    fast.enable_truncation(4)
+    fast.enable_padding(length=16, pad_id=0, pad_token="!")
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = evaluate.FileTokenizer(tmp_path / "tokenizer.json")
+    assert [len(tokenizer.encode("x" * n)) for n in (1, 40)] == [1, 40]

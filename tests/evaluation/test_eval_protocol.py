@@ -297,6 +297,13 @@ def test_text_loss_is_the_model_s_own(
     assert bits_per_byte(loss.nats, 100, 100) == pytest.approx(loss.nats / 0.6931471805599453)
 
 
+def test_a_character_that_a_window_cuts_counts_its_bytes(
+    bytes_pair: tuple[Contender, Contender], tmp_path: Path
+) -> None:
+    window = windows([*("äöü" * 200).encode()], (), 300, 101, 1)[0]
+    assert lost(bytes_pair[0], window, byte_tokenizer(tmp_path)).text_bytes == 101
+
+
 def test_text_loss_through_a_policy_reads_what_it_allows(
     bytes_pair: tuple[Contender, Contender], tmp_path: Path
 ) -> None:
