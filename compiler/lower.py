@@ -19,7 +19,8 @@ from .. import codegen
 from ..codegen.spec import KernelSpec, NotCovered, bind, specialise
 from ..models.ops import FAMILIES
 from ..runtime import huge_pages
-from ..runtime.memory_state import SiteLayout
+from ..runtime.page_table import TableKey
+from ..runtime.site_layout import SiteLayout
 from .report import Lowered, stage
 from .settings import debug
 
@@ -169,21 +170,25 @@ def example_state(
         return shape_env.create_symintnode(symbol, hint=hint, source=source)
 
     batch, rows = size("batch", 2), size("rows", 3)
-    columns: dict[tuple[int, int, int], Any] = {}
-    pages: dict[tuple[int, int, int], Any] = {}
+    columns: dict[TableKey, Any] = {}
+    pages: dict[TableKey, Any] = {}
 
     def empty(*shape: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     inputs = [empty(batch, rows, dtype=torch.int64), empty(batch), empty(batch)]
     for layout in layouts:
-        # Sites that share a page table have as many columns and pages as each other.
-        key = layout.table_key
-        if key not in columns:
-            columns[key] = size(f"columns{len(columns)}", 40)
-            pages[key] = size(f"pages{len(pages)}", 400)
-        inputs.append(empty(batch, layout.kv_heads, columns[key]))
-        inputs += [empty(pages[key], *shape, dtype=dtype) for shape, dtype in layout.pools()]
+        for key, pools in layout.stores():
+            # Sites that share a page table have as many columns and pages as each other.
+            if key not in columns:
+                columns[key] = size(f"columns{len(columns)}", 40)
+                pages[key] = size(f"pages{len(pages)}", 400)
+            inputs.append(empty(batch, layout.kv_heads, columns[key]))
+            inputs += [empty(pages[key], *shape, dtype=dtype) for shape, dtype in pools]
+        if layout.memory.account is not None:
+            shape = (batch, layout.kv_heads, columns[layout.table_key])
+            inputs.append(empty(*shape, dtype=torch.float32))
+        inputs += [empty(batch, *shape, dtype=dtype) for shape, dtype in layout.rows()]
     return inputs
 
 

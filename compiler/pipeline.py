@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ..models.memory import Preset, preset
-from ..models.memory.spec import Memory
+from ..models.memory import Preset
+from ..models.memory.spec import Memory, Pages
+from ..models.memory.state import Weights
 from ..passes.classify_tokens import Classified, classify_tokens
 from ..passes.find_branches import find_branches, keeps_guards
 from ..passes.find_sites import find_sites
@@ -27,11 +28,11 @@ from ..passes.undo_repeat_kv import undo_repeat_kv
 from ..passes.unlift import unlift
 from ..passes.verify import verify
 from ..runtime.engine import Engine, Program
-from ..runtime.memory_state import SiteLayout
 from .capture import Captured, capture
 from .lower import lower
-from .report import Report, stage
-from .self_check import self_check
+from .policy_file import FittedPolicy, choose
+from .report import Report, layout_of, stage
+from .self_check import check_splits, self_check
 from .settings import debug
 from .settings import kernels as kernels_setting
 
@@ -78,7 +79,7 @@ class Compiled:
 
 def build(
     model: nn.Module | ExportedProgram | str | os.PathLike[str],
-    policy: str = "scout",
+    policy: str | os.PathLike[str] = "scout",
     *,
     max_context: int | None = None,
     strict: bool = True,
@@ -91,7 +92,7 @@ def build(
 
     Args:
         model: a module, an exported program, or the path of one (see `compiler.load`).
-        policy: name of a policy; `options` are its fields.
+        policy: name of a policy, or a policy file; `options` are its fields.
         max_context: longest context the engine will hold; preallocates the memory and resolves
             length-dependent rotary tables. None: grows.
         strict: raise when no site, or not every site, could be rewritten.
@@ -101,7 +102,7 @@ def build(
             or "auto".
         name: what reports and errors call the model; its path's last part or its class if None.
     """
-    chosen = preset(policy, **options)
+    chosen = choose(policy, options)
     kernels = kernels_setting(kernels)
     if max_context is not None and (type(max_context) is not int or max_context < 1):
         raise ValueError(f"max_context is {max_context!r}; give a positive number of tokens")
@@ -165,11 +166,17 @@ def build_captured(
     memories: dict[str, Memory] = {}
     if sites and not blocking:
         with stage(timings, "plan"):
+            chosen = chosen.for_layers([s.name for s in sites])
+            fitted: Mapping[str, Weights] = {}
+            if isinstance(chosen, FittedPolicy):
+                chosen.check(sites)
+                fitted = chosen.fitted
+                report.notes += chosen.notes(captured.program)
             memories = {s.name: chosen.memory(s.layer, s.rule.window) for s in sites}
             for memory in memories.values():
                 memory.check_lowered()
         with stage(timings, "remember"):
-            step = remember(module, classified, sites, memories)
+            step = remember(module, classified, sites, memories, fitted)
         debug(2, lambda: step.policy.print_readable(print_output=False) if step else "")
     report.memories = memories
     if step is None:
@@ -180,12 +187,13 @@ def build_captured(
     limit, limited_by = _limit(captured, classified, max_context)
     if limit is not None and max_context is None:
         report.notes.append(f"contexts up to {limit} tokens: {limited_by}")
-    layouts = tuple(
-        SiteLayout(
-            s.name, s.kv_heads, s.key_dim, s.value_dim, s.dtype, memories[s.name], s.rule.window
+    unfitted = [s.name for s in sites if memories[s.name].state and s.name not in fitted]
+    if unfitted:
+        report.notes.append(
+            f"the states of {', '.join(unfitted)} are not fitted: what they read is not this "
+            "model's attention; `memcompile distill` fits them"
         )
-        for s in sites
-    )
+    layouts = tuple(layout_of(site, memories[site.name]) for site in sites)
     steps, report.lowered = lower(
         {"dense": step.dense, "policy": step.policy},
         layouts,
@@ -207,7 +215,15 @@ def build_captured(
     if check:
         with stage(timings, "self-check"):
             forward = captured.forward or _graph_forward(captured.program)
-            report.self_check = self_check(program, forward, captured.takes_position_ids)
+            takes_ids = captured.takes_position_ids
+            if all(memory.exact for memory in memories.values()):
+                report.self_check = self_check(program, forward, takes_ids)
+            else:
+                # A state answers otherwise than the forward: the step is held against it with
+                # pages in the states' place, and the states against themselves.
+                plain = _with_pages(program, module, classified, sites, memories)
+                report.self_check = self_check(plain, forward, takes_ids)
+                report.self_check["states_differ"] = check_splits(program)
     compiled = Compiled(captured, chosen, sites, memories, declined, report, program)
     debug(1, lambda: str(report))
     return compiled
@@ -267,6 +283,23 @@ def _limit(
     if max_context is not None:
         limits.append((max_context, "max_context"))
     return min(limits, default=(None, ""), key=lambda pair: pair[0])
+
+
+def _with_pages(
+    program: Program,
+    module: fx.GraphModule,
+    classified: Classified,
+    sites: list[Site],
+    memories: Mapping[str, Memory],
+) -> Program:
+    """The program on references, every state replaced by pages that are all read."""
+    plain = {
+        name: memory if memory.exact else Memory("dense", Pages(memory.page_size))
+        for name, memory in memories.items()
+    }
+    step = remember(module, classified, sites, plain)
+    layouts = tuple(layout_of(site, plain[site.name]) for site in sites)
+    return replace(program, dense=step.dense, policy=step.policy, layouts=layouts)
 
 
 def _refusal(name: str, sites: list[Site]) -> str:

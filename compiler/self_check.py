@@ -94,6 +94,47 @@ def self_check(
     return {"largest_difference": worst, "allowed": allowed, "tokens": compared}
 
 
+def check_splits(program: Program) -> float:
+    """Compare a program with itself: its logits must not depend on how tokens are split into calls.
+
+    For programs with states, which no forward shows the logits of. The context is longer than every
+    window, so that states are written, carried over and read, in chunks and row by row.
+
+    Returns:
+        The largest difference.
+
+    Raises:
+        NotRewritten: one of them is larger than rounding.
+    """
+    window = max(layout.memory.own_window for layout in program.layouts)
+    total = min(window + 19, program.limit or window + 19)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(program.vocabulary, (2, total), generator=generator)
+    tokens = tokens.to(program.device)
+    worst = 0.0
+    for read in ("dense", "policy"):
+        whole = _stepped(program, tokens, [total], read)
+        split = [*_within((total - 8, 1, 1, 6), total)]
+        error = _difference(_stepped(program, tokens, split, read), whole)
+        scale = float(whole.double().abs().max())
+        # Two roundings of each state, and of everything after it.
+        band = 16 * math.sqrt(len(program.layouts)) * torch.finfo(whole.dtype).eps * scale
+        if not error <= band:
+            raise NotRewritten(
+                "what a state answers depends on how the tokens are split",
+                [
+                    Declined(
+                        f"{read} calls of {split} tokens: logits differ by {error:.3g} from one "
+                        f"call, allowed {band:.3g}; please report this model",
+                        "(whole model)",
+                        "self_check",
+                    )
+                ],
+            )
+        worst = max(worst, error)
+    return worst
+
+
 def _within(split: Sequence[int], limit: int | None) -> tuple[int, ...]:
     """The split, shortened to a model's context."""
     left, kept = limit if limit is not None else sum(split), []

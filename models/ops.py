@@ -16,6 +16,15 @@ append_index(key [B,Hkv,n,Dk], value, ..., key_pages [P,s,Dk], value_pages [P,s,
     writes the tokens, and the records of the pages that they fill, from all of the page's keys: the
     result does not depend on how tokens were split into calls. The open page has no record; none
     is read before its page is full.
+append_index.record_table(key, value, page_table, record_table, ...): append_index, whose records go
+    to the rows of the index [R, width] that record_table [B,Hkv,columns] names for their pages: a
+    page may be let go while its record stays.
+append_index.fold(children, child_table, page_table, position, lengths, index, fields, child_size,
+    ratio) writes a record, in page_table's row, for each group of `ratio` children of child_size
+    tokens that the call's tokens complete, from the children's records (`children` and `index`: in
+    the order of `fields`; child_table: their rows). std and radius need the mean beside them.
+    radius is an upper bound; the others are the statistics of the group's tokens. Runs after what
+    wrote the children.
 score_select(query, index, fields, ..., score, page_size, sink_pages, window_pages, capacity,
     budget_pages, dense_below) -> int32 [B,Hkv,n,capacity]: logical pages, ascending, then -1.
     A row at token p in page o = p // page_size always has the pages < sink_pages and
@@ -25,6 +34,11 @@ score_select(query, index, fields, ..., score, page_size, sink_pages, window_pag
 score_select.page_logits(the same) -> (pages, page_logits): also the product [B,H,n,pages] of each
     query with each page's mean key, in float32 (float64 for float64 queries); -inf where the row
     does not choose by score: sinks, window, pages the table lacks, rows that have every page.
+score_select.among(query, index, fields, page_table, candidates, ..., score, page_size, sink_pages,
+    window_pages, budget_pages) -> int32 [B,Hkv,n,budget_pages]: of a row's candidates [B,Hkv,n,S]
+    (distinct logical pages, ascending, -1 anywhere), all up to the open page if those are at most
+    budget_pages; else those < sink_pages and in o - window_pages .. o, filled with the full ones of
+    the highest scores, ties to the lower page. Candidates without a row in the table count as none.
 attend(query, key_pages, value_pages, bias, page_table, pages, exclude, ..., window, span)
     -> (out [B,H,n,Dv], lse [B,H,n]) in float32 (float64 for float64 queries). pages None: every
     page of the table; else int32 [B,Hkv,n,S] of distinct logical pages, -1 = none: only those, or
@@ -40,6 +54,20 @@ attend.summaries(query, key_pages, value_pages, page_table, pages, page_logits [
     and every other full page of the table as one key: page_logits times scale is its logit before
     softcap and bias, page_values its value.
 combine(outs, lses) -> (out, lse): merges reads of disjoint keys exactly, by log-sum-exp.
+state_step(query [B,H,n,m], key [B,Hkv,n,m], value [B,Hkv,n,Dv], decay, beta, lengths, state, norm)
+    -> (out [B,H,n,Dv], lse [B,H,n]) in float32 (float64 for float64 queries), as state
+    [B,Hkv,m,Dv] and norm [B,Hkv,m] (or None) are, which it updates. Queries and keys are mapped to
+    features already. decay: log-decay <= 0, None, [Hkv] or [B,Hkv,n]; beta: None for the additive
+    write, or [B,Hkv,n] for the delta rule (without norm); both float32. Row after row, a row
+    reading its own write: S *= e^decay, z *= e^decay; S += k v^T, z += k, or by the delta rule
+    S += beta k (v - S^T k)^T. With norm out = S^T q / z.q and lse = log z.q (z.q <= 0: out 0, lse
+    -inf), else out = S^T q and lse = 0. Padding rows write nothing and do not decay: out 0, lse
+    -inf. For few rows: the state is read and written once.
+state_chunk(the same) -> the same up to rounding, by chunks of rows: for many.
+state_chunk.backward(query, key, value, decay, beta, lengths, grad_num [B,H,n,Dv], grad_den [B,H,n]
+    or None) -> gradients of query, key, value, decay and beta, in float32 (float64 for float64
+    queries), of a call that starts from zeros, given those of its S^T q and z.q; of what is None,
+    an empty tensor.
 """
 
 from __future__ import annotations
@@ -50,7 +78,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import paged, records
+from .memory import attention, levels, paged, records, recurrent
 
 NAMESPACE = "memcompile"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -99,6 +127,23 @@ def _attend(
     return out, query.new_empty(query.shape[:3], dtype=dtype)
 
 
+def _score_select_among(
+    query: Tensor,
+    index: list[Tensor],
+    fields: list[str],
+    page_table: Tensor,
+    candidates: Tensor,
+    position: Tensor,
+    lengths: Tensor,
+    score: str,
+    page_size: int,
+    sink_pages: int,
+    window_pages: int,
+    budget_pages: int,
+) -> Tensor:
+    return candidates.new_empty((*candidates.shape[:3], budget_pages))
+
+
 def _score_select_page_logits(
     query: Tensor, index: list[Tensor], fields: list[str], page_table: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
@@ -126,18 +171,55 @@ def _combine(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
+def _state(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = paged.wide(query.dtype)
+    out = query.new_empty((*query.shape[:3], value.shape[3]), dtype=dtype)
+    return out, query.new_empty(query.shape[:3], dtype=dtype)
+
+
+def _state_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    dtype = paged.wide(query.dtype)
+    inputs = (query, key, value, decay, beta)
+    return tuple(query.new_empty((0,) if x is None else x.shape, dtype=dtype) for x in inputs)
+
+
+_STATE = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? beta, Tensor lengths, "
+    "Tensor(a!) state, Tensor(b!)? norm) -> (Tensor out, Tensor lse)"
+)
+
 # name, with its overload: (schema, reference, fake kernel)
 OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, "
         "float softcap) -> Tensor",
-        paged.attention,
+        attention.attention,
         _attention,
     ),
     "append_index": (
         "(Tensor key, Tensor value, Tensor page_table, Tensor position, Tensor lengths, "
         "Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor(c!)[] index, str[] fields) -> ()",
         records.append_index,
+        _append_index,
+    ),
+    "append_index.record_table": (
+        "(Tensor key, Tensor value, Tensor page_table, Tensor record_table, Tensor position, "
+        "Tensor lengths, Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor(c!)[] index, "
+        "str[] fields) -> ()",
+        records.append_index_record_table,
+        _append_index,
+    ),
+    "append_index.fold": (
+        "(Tensor[] children, Tensor child_table, Tensor page_table, Tensor position, "
+        "Tensor lengths, Tensor(a!)[] index, str[] fields, int child_size, int ratio) -> ()",
+        levels.fold,
         _append_index,
     ),
     "score_select": (
@@ -153,6 +235,13 @@ OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         "int capacity, int budget_pages, int dense_below) -> (Tensor pages, Tensor page_logits)",
         records.score_select_page_logits,
         _score_select_page_logits,
+    ),
+    "score_select.among": (
+        "(Tensor query, Tensor[] index, str[] fields, Tensor page_table, Tensor candidates, "
+        "Tensor position, Tensor lengths, str score, int page_size, int sink_pages, "
+        "int window_pages, int budget_pages) -> Tensor",
+        levels.score_select_among,
+        _score_select_among,
     ),
     "attend": (
         "(Tensor query, Tensor key_pages, Tensor value_pages, Tensor? bias, Tensor page_table, "
@@ -179,6 +268,15 @@ OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         "(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
         paged.combine,
         _combine,
+    ),
+    "state_step": (_STATE, recurrent.recurrence, _state),
+    "state_chunk": (_STATE, recurrent.chunk, _state),
+    "state_chunk.backward": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? beta, Tensor lengths, "
+        "Tensor grad_num, Tensor? grad_den) -> (Tensor grad_query, Tensor grad_key, "
+        "Tensor grad_value, Tensor grad_decay, Tensor grad_beta)",
+        recurrent.chunk_backward,
+        _state_backward,
     ),
 }
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import fx, nn
 
-from ..models.memory.read import SiteTensors, emit_read, emit_write
+from ..models.memory import lists
+from ..models.memory.read import emit_read, emit_write
+from ..models.memory.site import SiteTensors, state_names
 from ..models.memory.spec import Memory
+from ..models.memory.state import Weights, state_weights
 from .classify_tokens import Classified, Gather, Rematerialise
 from .exact import Affine
 from .graph_tools import argument, aten, extents
@@ -25,13 +28,14 @@ class StepGraph:
     """The two step graphs of a model; both take the same inputs.
 
     Inputs: ``tokens[B, n]`` int64, ``position[B]`` and ``lengths[B]`` int32, then for every site,
-    in order, its page table, key pages, value pages and index fields (`SiteTensors`).
+    in order, what `site.state_names` lists.
     Outputs: ``logits[B, n, V]`` and, for the policy read, the number of pages each selecting site
     read for each sequence, int64 ``[sites, B]``.
 
     Attributes:
-        dense: reads every page ("dense"), writes pages and index.
-        policy: reads what each memory selects; the same object as `dense` if no site selects.
+        dense: reads every page that is there ("dense"), writes pages and index; for many tokens.
+        policy: reads what each memory selects; the same object as `dense` if no site selects or
+            keeps a state.
         ragged: whether rows may stand at different positions and have different lengths.
     """
 
@@ -64,18 +68,33 @@ def remember(
     classified: Classified,
     sites: list[Site],
     memories: Mapping[str, Memory],
+    fitted: Mapping[str, Weights] | None = None,
 ) -> StepGraph:
     """Rewrite the normal form into step graphs.
 
     Every node keeps its operation except three kinds: attentions become writes and reads of the
     site's memory; values that were shown to be functions of the position alone are computed from
     ``position``; token-long slices of tables are gathered at the tokens' positions.
+
+    Args:
+        fitted: weights of states by site name (`hybrid.state_weights`); those of the other sites
+            are fitted to nothing.
     """
-    dense = _Builder(module, classified, sites, memories, "dense").build()
-    if not any(memories[site.name].selects for site in sites):
+    weights = {
+        site.name: (fitted or {}).get(site.name) or _unfitted(site, memories[site.name])
+        for site in sites
+        if memories[site.name].state is not None
+    }
+    given = (module, classified, sites, memories, weights)
+    dense = _Builder(*given, "dense").build()
+    if not any(memories[site.name].selects or memories[site.name].state for site in sites):
         return StepGraph(dense.result, dense.result, not dense.shared)
-    policy = _Builder(module, classified, sites, memories, "policy").build()
+    policy = _Builder(*given, "policy").build()
     return StepGraph(dense.result, policy.result, not dense.shared)
+
+
+def _unfitted(site: Site, memory: Memory) -> Weights:
+    return state_weights(memory, site.heads, site.kv_heads, site.key_dim)
 
 
 class _Builder:
@@ -87,11 +106,13 @@ class _Builder:
         classified: Classified,
         sites: list[Site],
         memories: Mapping[str, Memory],
+        weights: Mapping[str, Weights],
         read: str,
     ) -> None:
         self.module, self.classified, self.read = module, classified, read
         self.sites = {site.node: site for site in sites}
-        self.memories = memories
+        self.memories, self.weights = memories, weights
+        self.added: dict[str, torch.Tensor] = {}  # tensors of states, by the name of their node
         self.graph = fx.Graph()
         self.copied: dict[fx.Node, fx.Node] = {}
         self.counts: list[fx.Node] = []
@@ -118,7 +139,8 @@ class _Builder:
                 self.copied[node] = self._step(node)
         self.graph.eliminate_dead_code(is_impure_node=_is_write)
         self.graph.lint()
-        self.result = fx.GraphModule(_weights(self.module, self.graph), self.graph, "Step")
+        root = _weights(self.module, self.graph, self.added)
+        self.result = fx.GraphModule(root, self.graph, "Step")
         return self
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -126,8 +148,8 @@ class _Builder:
 
     def _state(self, site: Site) -> SiteTensors:
         memory, prefix = self.memories[site.name], f"site{site.layer}_"
-        names = ["page_table", "key_pages", "value_pages", *(f"index_{f}" for f in memory.fields)]
-        return SiteTensors.take(memory, [self.graph.placeholder(prefix + n) for n in names])
+        state = [self.graph.placeholder(prefix + name) for name in state_names(memory)]
+        return SiteTensors.take(memory, state)
 
     def _step(self, node: fx.Node) -> fx.Node:
         rewrite = self.classified.rewrites.get(node)
@@ -156,19 +178,13 @@ class _Builder:
     def _attention(self, node: fx.Node, site: Site) -> fx.Node:
         query, key, value = (self.copied[n] for n in node.args[:3])  # type: ignore[index]
         memory, state = self.memories[site.name], self.state[site.name]
-
-        def emit(target: Callable[..., Any], *args: Any) -> fx.Node:
-            made = self.call(target, *args)
-            select = torch.ops.memcompile.score_select
-            if target in (select.default, select.page_logits):
-                pages = made if target is select.default else self.call(operator.getitem, made, 0)
-                read = self.call(aten.ge.Scalar, pages, 0)
-                self.counts.append(self.call(aten.sum.dim_IntList, read, [1, 2, 3]))
-            return made
-
-        emit_write(emit, memory, state, key, value, self.position, self.lengths)
-        out: fx.Node = emit_read(
-            emit,
+        for name, weight in self.weights.get(site.name, {}).items():
+            target = f"site{site.layer}_{name}"
+            self.added[target] = weight.to(self._device())
+            state = replace(state, weights={**state.weights, name: self.graph.get_attr(target)})
+        emit_write(self.call, memory, state, key, value, self.position, self.lengths)
+        out, pages = emit_read(
+            self.call,
             memory,
             state,
             self.read,
@@ -180,7 +196,11 @@ class _Builder:
             window=site.rule.window,
             dtype=node.meta["val"].dtype,
         )
-        return out
+        if self.read == "policy" and pages is not None:
+            read = self.call(aten.ge.Scalar, pages, 0)
+            self.counts.append(self.call(aten.sum.dim_IntList, read, [1, 2, 3]))
+        made: fx.Node = out
+        return made
 
     # --- values of the position ---
 
@@ -273,8 +293,10 @@ def _squeezed(node: fx.Node, rank: int) -> list[int]:
 
 
 def _is_write(node: fx.Node) -> bool:
+    """Whether a node stays though nothing reads it."""
+    append = torch.ops.memcompile.append_index
     return node.op in ("placeholder", "output") or (
-        node.target is torch.ops.memcompile.append_index.default
+        node.target in (append.default, append.record_table, append.fold, lists.account)
     )
 
 
@@ -299,12 +321,14 @@ def _needed(node: fx.Node, classified: Classified) -> list[fx.Node]:
     return node.all_input_nodes
 
 
-def _weights(module: fx.GraphModule, graph: fx.Graph) -> nn.Module:
-    """A root that holds just the weights the graph reads."""
+def _weights(
+    module: fx.GraphModule, graph: fx.Graph, added: Mapping[str, torch.Tensor]
+) -> nn.Module:
+    """A root that holds just the weights the graph reads, the model's and the `added`."""
     root = nn.Module()
     for node in graph.nodes:
         if node.op == "get_attr" and not hasattr(root, node.target):
-            weight = getattr(module, node.target)
+            weight = added[node.target] if node.target in added else getattr(module, node.target)
             if isinstance(weight, nn.Parameter):
                 root.register_parameter(node.target, weight)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.memory.traffic import bytes_read
-from .memory_state import MemoryState, SiteLayout
+from ..models.memory.traffic import bytes_read, pages_read
+from .memory_state import MemoryState
+from .site_layout import SiteLayout
 
 # Tokens that run at a time: bounds what a call needs beside its result, and changes no result.
 CHUNK_TOKENS = 512
@@ -51,6 +53,12 @@ class Program:
         selecting = [layout.memory for layout in self.layouts if layout.memory.selects]
         return min((memory.reads_all_below for memory in selecting), default=0)
 
+    @cached_property
+    def piece(self) -> int:
+        """Tokens at whose multiples a policy's calls are split: accounts evict there; 0: none."""
+        sizes = [x.memory.page_size for x in self.layouts if x.memory.account is not None]
+        return math.gcd(*sizes)
+
 
 @dataclass
 class Stats:
@@ -60,7 +68,11 @@ class Stats:
         tokens: query tokens run, by read mode.
         pages_read: pages read exactly, per KV head, summed over sites, KV heads, rows and tokens.
         pages_dense: what dense reads of the same tokens would have read.
-        bytes_read, bytes_dense: the same in bytes of keys, values and index.
+        bytes_read, bytes_dense: the same in bytes of keys, values, index and state.
+        pages_evicted: pages of keys and values that were freed before the context ended, summed
+            over sites, KV heads and rows.
+        resident_bytes: what the memory takes now: pools, tables, accounts and states.
+        state_bytes: the recurrent states among them, which no context makes larger.
     """
 
     tokens: dict[str, int] = field(default_factory=lambda: {"dense": 0, "policy": 0})
@@ -68,6 +80,14 @@ class Stats:
     pages_dense: int = 0
     bytes_read: int = 0
     bytes_dense: int = 0
+    pages_evicted: int = 0
+    resident_bytes: int = 0
+    state_bytes: int = 0
+
+    @property
+    def bytes_a_step(self) -> float:
+        """Bytes that a query token read, on average."""
+        return self.bytes_read / max(1, sum(self.tokens.values()))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -76,6 +96,10 @@ class Stats:
             "pages_dense": self.pages_dense,
             "bytes_read": self.bytes_read,
             "bytes_dense": self.bytes_dense,
+            "bytes_a_step": self.bytes_a_step,
+            "pages_evicted": self.pages_evicted,
+            "resident_bytes": self.resident_bytes,
+            "state_bytes": self.state_bytes,
         }
 
 
@@ -85,6 +109,10 @@ class Engine:
     ``prefill`` reads dense, calling the engine reads through the policy; both append their tokens
     and may be called in any order and split. An engine starts empty; its first call fixes the
     batch size until `reset`.
+
+    A memory that frees pages does so at the first read through the policy: until then ``prefill``
+    has everything to read, and the memory is as large as the context. Calling the engine from the
+    start keeps it small. Once pages are gone, ``prefill`` reads through the policy as well.
 
     Args:
         always_select: run the policy's graph even where it has nothing to skip.
@@ -106,7 +134,7 @@ class Engine:
         lengths: Sequence[int] | Tensor | None = None,
         all_logits: bool = False,
     ) -> Tensor:
-        """Append ``tokens[B, n]`` (int64, n >= 1), every query reading the whole memory.
+        """Append ``tokens[B, n]`` (int64, n >= 1), every query reading all that is remembered.
 
         Args:
             lengths: valid tokens a row, right-padded; None means n for all.
@@ -209,8 +237,8 @@ class Engine:
         """Forget the last `n` tokens of every row.
 
         Raises:
-            ValueError: a row holds fewer tokens, or a sliding window has dropped what would be
-                needed again.
+            ValueError: a row holds fewer tokens, or what would be needed again was freed, or has
+                gone into a state or an account.
         """
         if n < 0 or n > min(self.position, default=0):
             raise ValueError(f"cannot take back {n} tokens: rows hold {self.position}")
@@ -218,7 +246,7 @@ class Engine:
             self._state.rewind([held - n for held in self.position])
 
     def memory_bytes(self) -> int:
-        """Bytes of the page pools, index and page tables."""
+        """Bytes of the page pools, index, page tables, accounts and states."""
         return self._state.memory_bytes() if self._state is not None else 0
 
     def stats(self) -> Stats:
@@ -226,6 +254,10 @@ class Engine:
         for read, start, lengths, counts in self._log:
             self._account(read, start, lengths, counts)
         self._log = []
+        if self._state is not None:
+            self._stats.pages_evicted = self._state.pages_evicted
+            self._stats.resident_bytes = self._state.memory_bytes()
+            self._stats.state_bytes = self._state.state_bytes()
         return self._stats
 
     # --- inside ---
@@ -276,10 +308,23 @@ class Engine:
         self, read: str, tokens: Tensor, counts: list[int]
     ) -> Iterator[tuple[Tensor, list[int]]]:
         """Logits of every CHUNK_TOKENS tokens, and each row's valid tokens among them."""
-        for start in range(0, tokens.shape[1], CHUNK_TOKENS):
-            chunk = tokens[:, start : start + CHUNK_TOKENS]
-            left = [min(max(c - start, 0), chunk.shape[1]) for c in counts]
-            yield self._run(read, chunk, left), left
+        start = 0
+        while start < tokens.shape[1]:
+            if read == "dense" and self._state is not None and self._state.forgot:
+                read = "policy"  # a dense read would miss what was freed
+            left = [max(c - start, 0) for c in counts]
+            size = min(CHUNK_TOKENS, tokens.shape[1] - start, self._room(read, left))
+            left = [min(c, size) for c in left]
+            yield self._run(read, tokens[:, start : start + size], left), left
+            start += size
+
+    def _room(self, read: str, left: list[int]) -> int:
+        """Tokens until some row of a policy's call enters a page, where accounts evict."""
+        piece = self._program.piece
+        if read == "dense" or not piece:
+            return CHUNK_TOKENS
+        held = self.position or [0] * len(left)
+        return min(piece - h % piece for h, c in zip(held, left, strict=True) if c or not any(left))
 
     @torch.no_grad()
     def _run(self, read: str, tokens: Tensor, lengths: list[int]) -> Tensor:
@@ -290,7 +335,7 @@ class Engine:
             )
         state = self._state
         start = state.position
-        state.reserve(lengths)
+        state.reserve(lengths, policy=read == "policy")
         position = torch.tensor(start, dtype=torch.int32, device=program.device)
         counts = torch.tensor(lengths, dtype=torch.int32, device=program.device)
         dense = read == "dense"
@@ -314,22 +359,27 @@ class Engine:
         stats, chosen = self._stats, 0
         stats.tokens[read] += sum(lengths)
         for layout in self._program.layouts:
-            selects = counts is not None and layout.memory.selects
+            memory, window = layout.memory, layout.window
+            selects = counts is not None and memory.selects
             for row, (first, length) in enumerate(zip(start, lengths, strict=True)):
                 positions = range(first, first + length)
                 dense_pages, dense_bytes = _dense_totals(layout, positions)
                 stats.pages_dense += dense_pages
                 stats.bytes_dense += dense_bytes
-                if not selects:
+                if selects:
+                    assert counts is not None
+                    stats.pages_read += int(counts[chosen, row])
+                    stats.bytes_read += sum(
+                        bytes_read(memory, layout, p, window=window) for p in positions
+                    )
+                elif memory.state is not None:
+                    stats.pages_read += layout.kv_heads * sum(
+                        pages_read(memory, p, window=window) for p in positions
+                    )
+                    stats.bytes_read += sum(bytes_read(memory, layout, p) for p in positions)
+                else:
                     stats.pages_read += dense_pages
                     stats.bytes_read += dense_bytes
-                    continue
-                assert counts is not None
-                pages = int(counts[chosen, row])
-                stats.pages_read += pages
-                stats.bytes_read += sum(
-                    bytes_read(layout.memory, layout, p, window=layout.window) for p in positions
-                )
             chosen += selects
 
 

@@ -10,159 +10,28 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.memory.parts import field_width
-from ..models.memory.spec import Memory
 from . import huge_pages
+from .page_table import PageTable, TableKey
+from .site_layout import SiteLayout, Store
 
 
-@dataclass(frozen=True)
-class SiteLayout:
-    """What the state must hold for one attention site.
-
-    Attributes:
-        name: the site's name, unique in a model.
-        kv_heads, key_dim, value_dim, dtype: shape and element type of its keys and values.
-        memory: what it remembers.
-        window: the site's own sliding window; tokens out of it are never read again. 0 = none.
-    """
-
-    name: str
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    memory: Memory
-    window: int = 0
-
-    @property
-    def table_key(self) -> tuple[int, int, int]:
-        """Sites with the same KV heads, page size and window share one page table."""
-        return (self.kv_heads, self.memory.page_size, self.window)
-
-    def serves(self, other: SiteLayout) -> bool:
-        """Whether what is held for this site is all that `other` has to hold for it."""
-        mine, others = ((x.name, x.key_dim, x.value_dim, x.dtype) for x in (self, other))
-        pages = self.table_key == other.table_key
-        return mine == others and pages and {*other.memory.fields} <= {*self.memory.fields}
-
-    def pools(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape of a page in, and element type of, each pool: keys, values, index fields."""
-        dims = (self.key_dim, self.value_dim)
-        pools: list[tuple[tuple[int, ...], torch.dtype]]
-        pools = [((self.memory.page_size, dim), self.dtype) for dim in dims]
-        for field in self.memory.fields:
-            dtype = torch.float32 if field == "log_count" else self.dtype
-            pools.append(((field_width(field, *dims),), dtype))
-        return pools
-
-
-def _places(old: SiteLayout, new: SiteLayout) -> list[int]:
-    """Where the pools of `new` stand among those of `old`: keys, values, index fields."""
-    return [0, 1, *(2 + old.memory.fields.index(field) for field in new.memory.fields)]
+def _places(old: SiteLayout, new: SiteLayout) -> list[list[int]]:
+    """Where the pools of `new` stand among those of `old`, store by store."""
+    records = [old.memory.fields.index(field) for field in new.memory.fields]
+    if old.memory.levels:
+        return [[0, 1], *(records for _ in old.memory.levels)]
+    return [[0, 1, *(2 + i for i in records)]]
 
 
 def poisoned() -> bool:
     """Whether unwritten slots are filled with NaN, to show any read of them (MEMCOMPILE_POISON)."""
     return os.environ.get("MEMCOMPILE_POISON", "0") not in ("", "0")
-
-
-class PageTable:
-    """Pages of the sites that share a table: for each sequence, logical pages first .. held - 1.
-
-    Attributes:
-        table: int32 [B, Hkv, columns] on the device, -1 where no page is assigned.
-        pages: physical pages the pools of these sites have.
-    """
-
-    def __init__(
-        self, batch: int, kv_heads: int, page_size: int, window: int, device: torch.device
-    ) -> None:
-        self.batch, self.kv_heads = batch, kv_heads
-        self.page_size, self.window = page_size, window
-        self.device = device
-        self.pages = 0
-        self.free = np.empty(0, np.int32)
-        self.first = np.zeros(batch, np.int64)
-        self.held = np.zeros(batch, np.int64)
-        self.host = np.full((batch, kv_heads, 0), -1, np.int32)
-        self.table = torch.full((batch, kv_heads, 0), -1, dtype=torch.int32, device=device)
-
-    def shortage(self, end: np.ndarray, position: np.ndarray) -> tuple[int, int]:
-        """Columns, and physical pages beyond the free ones, that tokens up to `end` need."""
-        columns = -(-end // self.page_size)
-        new = int(np.maximum(columns - self.held, 0).sum()) * self.kv_heads
-        gone = int(np.maximum(self.first_needed(position) - self.first, 0).sum()) * self.kv_heads
-        return int(columns.max(initial=0)), max(0, new - len(self.free) - gone)
-
-    def first_needed(self, position: np.ndarray) -> np.ndarray:
-        """The first page that a query at `position` or later may read."""
-        if not self.window:
-            return np.zeros_like(position)
-        oldest = np.maximum(position - self.window + 1, 0)
-        needed: np.ndarray = np.minimum(oldest // self.page_size, self.held)
-        return needed
-
-    def widen(self, columns: int) -> None:
-        """Gives the table room for `columns` logical pages."""
-        more = columns - self.host.shape[2]
-        if more > 0:
-            self.host = np.pad(self.host, ((0, 0), (0, 0), (0, more)), constant_values=-1)
-            self.table = torch.tensor(self.host, device=self.device)
-
-    def add_pages(self, count: int) -> None:
-        """Declares `count` more physical pages free."""
-        new = np.arange(self.pages + count - 1, self.pages - 1, -1, dtype=np.int32)
-        self.free = np.concatenate([new, self.free])
-        self.pages += count
-
-    def assign(self, end: np.ndarray) -> None:
-        """Gives every sequence pages up to its token `end`; enough must be free."""
-        columns = -(-end // self.page_size)
-        for row in np.flatnonzero(columns > self.held):
-            low, high = int(self.held[row]), int(columns[row])
-            split = len(self.free) - (high - low) * self.kv_heads
-            # The list is a stack; reversed, a head's pages in one call follow each other.
-            pages, self.free = self.free[split:][::-1].copy(), self.free[:split]
-            self.put(int(row), low, high, pages.reshape(self.kv_heads, high - low))
-            self.held[row] = high
-
-    def release(self, row: int, low: int, high: int) -> np.ndarray:
-        """Frees logical pages low .. high - 1 of a sequence; returns their physical numbers."""
-        pages = self.host[row, :, low:high].flatten()
-        self.free = np.concatenate([self.free, pages[::-1]])
-        self.put(row, low, high, np.full((self.kv_heads, high - low), -1, np.int32))
-        return pages
-
-    def recycle(self, position: np.ndarray) -> np.ndarray:
-        """Frees the pages that slid out of the window of every query to come."""
-        needed = self.first_needed(position)
-        freed = [np.empty(0, np.int32)]
-        for row in np.flatnonzero(needed > self.first):
-            freed.append(self.release(int(row), int(self.first[row]), int(needed[row])))
-            self.first[row] = needed[row]
-        return np.concatenate(freed)
-
-    def truncate(self, end: np.ndarray) -> np.ndarray:
-        """Frees the pages that hold no token below `end`."""
-        keep = -(-end // self.page_size)
-        freed = [np.empty(0, np.int32)]
-        for row in np.flatnonzero(keep < self.held):
-            low = max(int(keep[row]), int(self.first[row]))
-            freed.append(self.release(int(row), low, int(self.held[row])))
-            self.held[row] = keep[row]
-            self.first[row] = min(self.first[row], keep[row])
-        return np.concatenate(freed)
-
-    def put(self, row: int, low: int, high: int, pages: np.ndarray) -> None:
-        self.host[row, :, low:high] = pages
-        self.table[row, :, low:high] = torch.tensor(pages, device=self.device)
 
 
 class MemoryState:
@@ -200,14 +69,24 @@ class MemoryState:
         self.layouts = tuple(layouts)
         self.batch, self.max_context = batch, max_context
         self.device = torch.device(device)
+        self.pages_evicted = 0
+        self.forgot = False
         self._position = np.zeros(batch, np.int64)
-        self._tables: dict[tuple[int, int, int], PageTable] = {}
-        self._pools: list[list[Tensor]] = []
+        self._tables: dict[TableKey, PageTable] = {}
+        self._pools: list[list[list[Tensor]]] = []  # site by site, store by store
+        self._accounts: dict[str, Tensor] = {}
+        self._rows: list[list[Tensor]] = []
         for layout in self.layouts:
-            key = layout.table_key
-            if key not in self._tables:
-                self._tables[key] = PageTable(batch, *key, self.device)
-            self._pools.append(self._new_pools(layout, 0))
+            for store in layout.stores():
+                if store.key not in self._tables:
+                    self._tables[store.key] = PageTable(batch, store.key, self.device)
+            self._pools.append([self._new_pools(store, 0) for store in layout.stores()])
+            self._rows.append(
+                [torch.zeros((batch, *s), dtype=d, device=self.device) for s, d in layout.rows()]
+            )
+            if layout.memory.account is not None:
+                shape = self._tables[layout.table_key].host.shape
+                self._accounts[layout.name] = torch.zeros(shape, device=self.device)
         if max_context is not None:
             self._preallocate(max_context)
 
@@ -216,8 +95,13 @@ class MemoryState:
         """Tokens each sequence holds, which is the position of its next token."""
         return [int(p) for p in self._position]
 
-    def reserve(self, lengths: Sequence[int]) -> None:
+    def reserve(self, lengths: Sequence[int], *, policy: bool = False) -> None:
         """Assigns pages for `lengths` more tokens a sequence; changes nothing when it raises.
+
+        Args:
+            policy: the tokens read through the policy: pages that no such read needs are let go,
+                and accounts decide which of the others have to make room. `forgot` is True from
+                the first time on; a dense read would then miss what is gone.
 
         Raises:
             ValueError: wrong number of lengths, a negative one, or more than max_context tokens.
@@ -229,26 +113,40 @@ class MemoryState:
                 f"sequence {row} would hold {int(end[row])} tokens, but max_context is "
                 f"{self.max_context}; compile with a larger max_context, or reset or rewind first"
             )
-        growth = {}
+        lost = self._lowest(end) if policy else []
+        growth, needed = {}, {}
         for key, table in self._tables.items():
-            columns, pages = table.shortage(end, self._position)
+            needed[key] = table.first_needed(self._position, policy)
+            columns, pages = table.shortage(end, needed[key])
+            pages = max(0, pages - sum(len(p) for k, _, _, p in lost if k == key))
             if columns > table.host.shape[2]:
                 columns = max(columns, 2 * table.host.shape[2])
-            if pages and self.max_context is None:
+            if pages and key.lets_go:
+                pages = max(pages, table.pages // 8)  # what it lets go it needs again
+            elif pages and self.max_context is None:
                 pages = max(pages, table.pages)
             growth[key] = (columns, pages)
         # New pools are made before anything changes: running out of memory leaves the state whole.
         grown = [
-            self._grown_pools(layout, pools, growth[layout.table_key][1])
-            for layout, pools in zip(self.layouts, self._pools, strict=True)
+            [
+                self._grown_pools(store, pools, growth[store.key][1])
+                for store, pools in zip(layout.stores(), stores, strict=True)
+            ]
+            for layout, stores in zip(self.layouts, self._pools, strict=True)
         ]
         self._pools = grown
+        for key, row, head, gone in lost:
+            self._let_go(key, self._tables[key].lose(row, head, gone))
         for key, table in self._tables.items():
             columns, pages = growth[key]
             table.widen(columns)
             table.add_pages(pages)
-            self._poison(key, table.recycle(self._position))
+            gone = table.recycle(needed[key])
+            self._let_go(key, gone) if key.lets_go else self._poison(key, gone)
             table.assign(end)
+        self._widen_accounts()
+        if policy:
+            self._compact()
 
     def advance(self, lengths: Sequence[int]) -> None:
         """Counts `lengths` tokens a sequence as written.
@@ -281,19 +179,28 @@ class MemoryState:
                 f"cannot rewind to {target.tolist()}: the sequences hold {self.position} tokens; "
                 "give positions no larger than those"
             )
-        for table in self._tables.values():
-            lost = table.first_needed(target) < table.first
-            if bool((lost & (target > 0) & (target < self._position)).any()):
+        back = (target > 0) & (target < self._position)
+        for layout in self.layouts:
+            kept = "a state" if layout.memory.state else "an account"
+            if (layout.memory.state or layout.memory.account) and bool(back.any()):
+                raise ValueError(
+                    f"cannot rewind to {target.tolist()}: {layout.name} keeps {kept}, which "
+                    "cannot give back what it took in; reset, or fork before going on"
+                )
+        for key, table in self._tables.items():
+            lost = table.first_needed(target, True) < table.first
+            if bool((lost & back).any()):
                 raise ValueError(
                     f"cannot rewind to {target.tolist()}: pages before tokens "
                     f"{(table.first * table.page_size).tolist()} slid out of a window of "
-                    f"{table.window} and were recycled; reset, or fork before going on"
+                    f"{1 + (key.reach or 0)} and were recycled; reset, or fork before going on"
                 )
         self._truncate(target)
 
     def reset(self) -> None:
         """Forgets everything; pools and tables keep their size."""
         self._truncate(np.zeros(self.batch, np.int64))
+        self.pages_evicted, self.forgot = 0, False
 
     def fork(self, layouts: Sequence[SiteLayout] | None = None) -> MemoryState:
         """An independent copy: what is written to one is never seen by the other.
@@ -316,24 +223,39 @@ class MemoryState:
         forked.layouts = chosen
         forked._position = self._position.copy()
         forked._tables = copy.deepcopy(self._tables)
+        forked._accounts = {name: held.clone() for name, held in self._accounts.items()}
+        forked._rows = [[held.clone() for held in rows] for rows in self._rows]
         forked._pools = [
-            self._grown_pools(new, [pools[i] for i in _places(old, new)], 0, copy=True)
-            for old, new, pools in zip(self.layouts, chosen, self._pools, strict=True)
+            [
+                self._grown_pools(store, [pools[i] for i in places], 0, copy=True)
+                for store, pools, places in zip(
+                    new.stores(), stores, _places(old, new), strict=True
+                )
+            ]
+            for old, new, stores in zip(self.layouts, chosen, self._pools, strict=True)
         ]
         return forked
 
     def tensors(self) -> list[Tensor]:
-        """Per site: page_table, key_pages, value_pages, then its index fields in order."""
-        return [
-            tensor
-            for layout, pools in zip(self.layouts, self._pools, strict=True)
-            for tensor in (self._tables[layout.table_key].table, *pools)
-        ]
+        """Per site what `site.state_names` lists, in its order."""
+        listed: list[Tensor] = []
+        for layout, stores, rows in zip(self.layouts, self._pools, self._rows, strict=True):
+            for store, pools in zip(layout.stores(), stores, strict=True):
+                listed += [self._tables[store.key].table, *pools]
+            if layout.name in self._accounts:
+                listed.append(self._accounts[layout.name])
+            listed += rows
+        return listed
 
     def memory_bytes(self) -> int:
-        """Bytes of all pools and tables, assigned or not."""
-        pools = sum(pool.nbytes for pools in self._pools for pool in pools)
-        return pools + sum(table.table.nbytes for table in self._tables.values())
+        """Bytes of all pools, tables, accounts and states, assigned or not."""
+        pools = sum(pool.nbytes for stores in self._pools for pools in stores for pool in pools)
+        tables = sum(table.table.nbytes for table in self._tables.values())
+        return pools + tables + sum(x.nbytes for x in self._accounts.values()) + self.state_bytes()
+
+    def state_bytes(self) -> int:
+        """Bytes of the recurrent states, which no context makes larger."""
+        return sum(held.nbytes for rows in self._rows for held in rows)
 
     def _checked(self, counts: Sequence[int]) -> np.ndarray:
         given = np.asarray(counts)
@@ -343,43 +265,106 @@ class MemoryState:
             )
         return given.astype(np.int64)
 
-    def _new_pools(self, layout: SiteLayout, pages: int) -> list[Tensor]:
-        """Key and value pools and index records of `pages` pages."""
+    def _new_pools(self, store: Store, pages: int) -> list[Tensor]:
+        """The pools of a store, of `pages` pages."""
         pools = [
-            huge_pages.zeros((pages, *shape), dtype, self.device) for shape, dtype in layout.pools()
+            huge_pages.zeros((pages, *shape), dtype, self.device) for shape, dtype in store.pools
         ]
         return [pool.fill_(float("nan")) for pool in pools] if poisoned() else pools
 
     def _grown_pools(
-        self, layout: SiteLayout, pools: list[Tensor], pages: int, *, copy: bool = False
+        self, store: Store, pools: list[Tensor], pages: int, *, copy: bool = False
     ) -> list[Tensor]:
         """The pools with room for `pages` more; the same ones if none are needed."""
         if not pages and not copy:
             return pools
         held = len(pools[0])
-        grown = self._new_pools(layout, held + pages)
+        grown = self._new_pools(store, held + pages)
         for new, old in zip(grown, pools, strict=True):
             new[:held] = old
         return grown
 
     def _preallocate(self, max_context: int) -> None:
-        for (heads, size, window), table in self._tables.items():
-            table.widen(-(-max_context // size))
-            reach = min(max_context, window + 2 * size) if window else max_context
-            table.add_pages(-(-reach // size) * heads * self.batch)
+        for key, table in self._tables.items():
+            table.widen(-(-max_context // key.page_size))
+            if key.lets_go:
+                continue  # it grows for a dense read only, and shrinks when that is over
+            reach = max_context if key.reach is None else key.reach + 1 + 2 * key.page_size
+            table.add_pages(
+                -(-min(max_context, reach) // key.page_size) * key.kv_heads * self.batch
+            )
         self._pools = [
-            self._new_pools(layout, self._tables[layout.table_key].pages) for layout in self.layouts
+            [self._new_pools(store, self._tables[store.key].pages) for store in layout.stores()]
+            for layout in self.layouts
         ]
+        self._widen_accounts()
+
+    def _widen_accounts(self) -> None:
+        for layout in self.layouts:
+            held = self._accounts.get(layout.name)
+            columns = self._tables[layout.table_key].host.shape[2]
+            if held is not None and held.shape[2] < columns:
+                more = columns - held.shape[2]
+                self._accounts[layout.name] = torch.nn.functional.pad(held, (0, more))
+
+    def _lowest(self, end: np.ndarray) -> list[tuple[TableKey, int, int, np.ndarray]]:
+        """What has to make room for tokens up to `end`: table, sequence, head and logical pages."""
+        lost = []
+        for layout in self.layouts:
+            memory, table = layout.memory, self._tables[layout.table_key]
+            if memory.account is None:
+                continue
+            columns = -(-end // memory.page_size)
+            resident = (table.host >= 0).sum(-1)  # [B, Hkv]
+            excess = resident + (columns - table.held)[:, None] - memory.budget_pages
+            excess[end == self._position] = 0
+            if not bool((excess > 0).any()):
+                continue  # the account stays where it is
+            mass = self._accounts[layout.name].cpu().numpy()
+            for row, head in np.argwhere(excess > 0):
+                low, high = memory.sink_pages, int(columns[row]) - 1 - memory.window_pages
+                free = low + np.flatnonzero(table.host[row, head, low : max(low, high)] >= 0)
+                order = np.argsort(mass[row, head, free], kind="stable")
+                pages = free[order[: int(excess[row, head])]]
+                lost.append((layout.table_key, int(row), int(head), pages))
+        return lost
+
+    def _let_go(self, key: TableKey, pages: np.ndarray) -> None:
+        if not len(pages):
+            return
+        self.forgot = True
+        exact = sum(layout.table_key == key for layout in self.layouts)
+        self.pages_evicted += len(pages) * exact
+        self._poison(key, pages)
+
+    def _compact(self) -> None:
+        """Gives back the memory of pages that were let go, once most of a pool is free."""
+        for key, table in self._tables.items():
+            live = table.compact(spare=self.batch * key.kv_heads) if key.lets_go else None
+            if live is None:
+                continue
+            at = torch.tensor(live, device=self.device).long()
+            for layout, stores in zip(self.layouts, self._pools, strict=True):
+                for i, store in enumerate(layout.stores()):
+                    if store.key == key:
+                        fresh = self._new_pools(store, len(live))
+                        for new, old in zip(fresh, stores[i], strict=True):
+                            torch.index_select(old, 0, at, out=new)
+                        stores[i] = fresh
 
     def _truncate(self, end: np.ndarray) -> None:
         for key, table in self._tables.items():
             self._poison(key, table.truncate(end))
+        for row in np.flatnonzero((end == 0) & (self._position > 0)):
+            for held in (*self._accounts.values(), *(x for rows in self._rows for x in rows)):
+                held[int(row)] = 0
         self._position = end
 
-    def _poison(self, key: tuple[int, int, int], pages: np.ndarray) -> None:
+    def _poison(self, key: TableKey, pages: np.ndarray) -> None:
         if not len(pages) or not poisoned():
             return
-        for layout, pools in zip(self.layouts, self._pools, strict=True):
-            if layout.table_key == key:
-                for pool in pools:
-                    pool[torch.tensor(pages, device=self.device).long()] = float("nan")
+        for layout, stores in zip(self.layouts, self._pools, strict=True):
+            for store, pools in zip(layout.stores(), stores, strict=True):
+                if store.key == key:
+                    for pool in pools:
+                        pool[torch.tensor(pages, device=self.device).long()] = float("nan")

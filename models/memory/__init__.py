@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+import typing
+from typing import Any
 
 from .dense import Dense
-from .parts import known
+from .features import register_feature_map
+from .heavy_hitter import HeavyHitter
+from .hierarchical import Hierarchical
+from .hybrid import Hybrid
+from .mixture import Mixture
+from .names import known
+from .policy import Policy
+from .quest import Quest
 from .scout import Scout
-from .spec import Memory
+from .text import parse_value, split_policy
+from .window import Recent
+
+__all__ = [
+    "PRESETS",
+    "Dense",
+    "HeavyHitter",
+    "Hierarchical",
+    "Hybrid",
+    "Mixture",
+    "Policy",
+    "Preset",
+    "Quest",
+    "Recent",
+    "Scout",
+    "parse_policy",
+    "parse_value",
+    "preset",
+    "preset_from_json",
+    "register_feature_map",
+    "split_policy",
+]
+
+Preset = Policy
+
+PRESETS: dict[str, type[Policy]] = {
+    kind.preset: kind
+    for kind in (Dense, Scout, Hierarchical, Hybrid, Recent, HeavyHitter, Quest, Mixture)
+}
 
 
-class Preset(Protocol):
-    """A policy with a name: options in, one `Memory` a site out."""
-
-    def memory(self, layer: int, window: int) -> Memory: ...
-
-    def to_json(self) -> dict[str, Any]: ...
-
-
-PRESETS: dict[str, type[Dense] | type[Scout]] = {"dense": Dense, "scout": Scout}
-
-
-def preset(name: str, **options: Any) -> Dense | Scout:
+def preset(name: str, **options: Any) -> Policy:
     """The preset called `name` with `options` as its fields.
 
     Raises:
@@ -30,14 +55,14 @@ def preset(name: str, **options: Any) -> Dense | Scout:
     """
     known("policy", name, PRESETS)
     kind = PRESETS[name]
-    names = [f.name for f in dataclasses.fields(kind)]
+    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for option in options:
         if option not in names:
             raise ValueError(f"policy {name!r} has no option {option!r}; known: {', '.join(names)}")
     return kind(**options)
 
 
-def preset_from_json(data: dict[str, Any]) -> Dense | Scout:
+def preset_from_json(data: dict[str, Any]) -> Policy:
     """Rebuilds a preset from its `to_json`.
 
     Raises:
@@ -46,3 +71,25 @@ def preset_from_json(data: dict[str, Any]) -> Dense | Scout:
     if not isinstance(data, dict) or "preset" not in data:
         raise ValueError(f'a preset is {{"preset": name, ...}}, got {data!r}')
     return preset(data["preset"], **{k: v for k, v in data.items() if k != "preset"})
+
+
+def parse_policy(text: str) -> Policy:
+    """A policy as the command line writes it: `scout`, `scout:budget=512,dense_layers=0`.
+
+    A policy within a policy has `;` between its settings: `hybrid:rest=scout:budget=512;window=64`.
+
+    Raises:
+        ValueError: unknown name or option, or a value that cannot be read or is out of range.
+    """
+    name, settings = split_policy(text)
+    known("policy", name, PRESETS)
+    types = typing.get_type_hints(PRESETS[name])
+    options: dict[str, Any] = {}
+    for setting in settings:
+        option, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals:
+            raise ValueError(f"policy {text!r}: expected FIELD=VALUE, got {setting!r}")
+        if option in options:
+            raise ValueError(f"policy {text!r}: option {option!r} is given twice")
+        options[option] = parse_value(option, value, types[option]) if option in types else value
+    return preset(name, **options)

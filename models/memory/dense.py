@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .policy import Policy
 from .spec import Memory, Pages
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Policy):
     """Preset `dense`: nothing is skipped; pages of `page_size` tokens only change the layout."""
 
+    preset: ClassVar[str] = "dense"
     page_size: int = 64
 
     def __post_init__(self) -> None:
@@ -23,9 +25,6 @@ class Dense:
     def memory(self, layer: int, window: int) -> Memory:
         """The memory of the site at `layer` whose own sliding window is `window` (0 = none)."""
         return Memory("dense", Pages(self.page_size))
-
-    def to_json(self) -> dict[str, Any]:
-        return {"preset": "dense", **asdict(self)}
 
 
 def reference(

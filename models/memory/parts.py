@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
+
+from .features import feature_map
+from .names import flag, known, number, whole
 
 # Which record of a page a score reads, and what a page's summary needs to stand in for the page.
 SCORE_FIELDS: dict[str, tuple[str, ...]] = {
@@ -34,31 +38,6 @@ def field_width(field: str, key_dim: int, value_dim: int) -> int:
     if field in ("radius", "log_count"):
         return 1
     return value_dim if field == "value_mean" else key_dim
-
-
-def known(what: str, given: object, names: Any) -> None:
-    """Refuses a name that is not in `names`, listing those that are."""
-    if given not in [*names]:
-        raise ValueError(f"unknown {what} {given!r}; known: {', '.join(map(str, names))}")
-
-
-def whole(what: str, given: object, least: int) -> None:
-    """Refuses anything but an int (a bool is not one) that is at least `least`."""
-    if not isinstance(given, int) or isinstance(given, bool) or given < least:
-        raise ValueError(f"{what} must be a whole number of at least {least}, got {given!r}")
-
-
-def number(what: str, given: object, low: float, high: float) -> None:
-    """Refuses anything but a real number in [low, high]."""
-    real = isinstance(given, int | float) and not isinstance(given, bool)
-    if not real or not low <= given <= high:  # type: ignore[operator]
-        raise ValueError(f"{what} must be a number from {low} to {high}, got {given!r}")
-
-
-def flag(what: str, given: object) -> None:
-    """Refuses anything but True or False."""
-    if not isinstance(given, bool):
-        raise ValueError(f"{what} must be True or False, got {given!r}")
 
 
 @dataclass(frozen=True)
@@ -126,19 +105,26 @@ class Pages(Part):
 
     def __post_init__(self) -> None:
         whole("page_size", self.page_size, 1)
-        if not 8 <= self.page_size <= 1024 or self.page_size & (self.page_size - 1):
+        sizes = (1, *(1 << power for power in range(3, 11)))
+        if self.page_size not in sizes:
             raise ValueError(
-                f"page_size must be a power of two from 8 to 1024, got {self.page_size}; "
+                f"page_size must be 1 or a power of two from 8 to 1024, got {self.page_size}; "
                 "64 suits most models"
             )
 
 
 @dataclass(frozen=True)
 class Index(Part):
-    """One record a page, holding `fields` (some of INDEX_FIELDS)."""
+    """Records of `fields` (some of INDEX_FIELDS): one a page, or one for every size in `levels`.
+
+    Attributes:
+        levels: tokens that a record stands for, level by level, each a multiple of the one before;
+            the first is the page size. () keeps one record a page, and none above.
+    """
 
     kind_name = "index"
     fields: tuple[str, ...]
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.fields, tuple) or not self.fields:
@@ -147,23 +133,60 @@ class Index(Part):
             known("index field", name, INDEX_FIELDS)
         if len(set(self.fields)) != len(self.fields):
             raise ValueError(f"index.fields names a field twice: {self.fields!r}; name each once")
+        if not isinstance(self.levels, tuple):
+            raise ValueError(f"levels must be a tuple of token counts, got {self.levels!r}")
+        for size in self.levels:
+            whole("levels", size, 1)
+        for below, size in itertools.pairwise(self.levels):
+            if size <= below or size % below:
+                raise ValueError(
+                    f"levels must grow, each a multiple of the one before, got {self.levels}; "
+                    "(64, 512, 4096) is one choice"
+                )
 
 
 @dataclass(frozen=True)
 class State(Part):
-    """Fixed-size recurrent state, written by `rule`, with keys passed through `feature_map`."""
+    """A recurrent state of fixed size that takes in what leaves the window (`recurrent.py`).
+
+    Attributes:
+        decay: "none"; "constant", one learned factor a KV head; "gate", one a token, of its key.
+        write: "additive" adds the outer product of key and value; "delta" replaces what the state
+            already answers to the key (2102.11174), by a learned share of it.
+        feature_map: a name of `features.FEATURE_MAPS`, applied to projected queries and keys.
+        features: width r of the learned projection of queries and keys; None: the key's width.
+        normalised: the read divides by the sum of feature products and joins the window in one
+            softmax; otherwise it joins by a learned gate.
+    """
 
     kind_name = "state"
-    RULES: ClassVar[tuple[str, ...]] = ("linear", "decay", "gated", "delta", "gated-delta", "ssm")
-    MAPS: ClassVar[tuple[str, ...]] = ("identity", "elu", "softmax", "relu")
-    rule: str
-    feature_map: str = "identity"
-    normalised: bool = False
+    DECAYS: ClassVar[tuple[str, ...]] = ("none", "constant", "gate")
+    WRITES: ClassVar[tuple[str, ...]] = ("additive", "delta")
+    decay: str = "none"
+    write: str = "additive"
+    feature_map: str = "softmax"
+    features: int | None = None
+    normalised: bool = True
 
     def __post_init__(self) -> None:
-        known("state rule", self.rule, self.RULES)
-        known("feature map", self.feature_map, self.MAPS)
-        flag("state.normalised", self.normalised)
+        known("decay", self.decay, self.DECAYS)
+        known("write", self.write, self.WRITES)
+        feature_map(self.feature_map)
+        flag("normalised", self.normalised)
+        if self.features is not None:
+            whole("features", self.features, 8)
+            if self.features % 8:
+                raise ValueError(f"features must be a multiple of 8, got {self.features}")
+        if self.normalised and self.write == "delta":
+            raise ValueError(
+                "a delta rule subtracts from the state, so the sum that a normalised read divides "
+                "by means nothing; give normalised=False, or write='additive'"
+            )
+        if self.normalised and not feature_map(self.feature_map).positive:
+            raise ValueError(
+                f"a normalised read needs features that are not negative, and {self.feature_map!r} "
+                "may give negative ones; give normalised=False, or the map elu, relu or softmax"
+            )
 
 
 @dataclass(frozen=True)
@@ -221,16 +244,25 @@ class Score(Part):
 
 @dataclass(frozen=True)
 class Select(Part):
-    """Which pages are read: `budget` tokens in all, sinks, window and open page included."""
+    """Which pages are read: `budget` tokens in all, sinks, window and open page included.
+
+    "held" reads sinks, window and open page alone, and has no budget of its own.
+    """
 
     kind_name = "select"
-    KINDS: ClassVar[tuple[str, ...]] = ("top-k", "top-p", "threshold")
+    KINDS: ClassVar[tuple[str, ...]] = ("top-k", "top-p", "threshold", "held")
     kind: str = "top-k"
-    budget: int = 2048
+    budget: int | None = 2048
 
     def __post_init__(self) -> None:
         known("selection", self.kind, self.KINDS)
-        whole("budget", self.budget, 1)
+        if self.kind != "held":
+            whole("budget", self.budget, 1)
+        elif self.budget is not None:
+            raise ValueError(
+                f"a selection of what is held anyway has no budget, got {self.budget!r}; "
+                "give budget=None, or another kind of selection"
+            )
 
 
 @dataclass(frozen=True)
@@ -246,12 +278,15 @@ class Read(Part):
 
 @dataclass(frozen=True)
 class Account(Part):
-    """What is kept about each page's use, as an average with factor `decay`."""
+    """What is kept about each page's use; `decay` is the factor a token applies to what was there.
+
+    "mass" sums the attention that the queries of a KV head gave to a page.
+    """
 
     kind_name = "account"
     KINDS: ClassVar[tuple[str, ...]] = ("mass", "salience", "last-use")
-    kind: str
-    decay: float = 0.9
+    kind: str = "mass"
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
         known("account", self.kind, self.KINDS)
@@ -275,16 +310,29 @@ class Consolidate(Part):
 
 @dataclass(frozen=True)
 class Evict(Part):
-    """How pages leave: oldest first, lowest account first, or below a threshold; after `delay`."""
+    """How pages leave the memory.
+
+    "oldest" frees every page that no later query reads; "lowest" the pages with the lowest account,
+    until `tokens` are left to a KV head, sinks, window and open page included. `delay` and
+    "threshold" are words only.
+    """
 
     kind_name = "evict"
     RULES: ClassVar[tuple[str, ...]] = ("oldest", "lowest", "threshold")
     rule: str
+    tokens: int | None = None
     delay: int = 0
 
     def __post_init__(self) -> None:
         known("eviction", self.rule, self.RULES)
         whole("evict.delay", self.delay, 0)
+        if (self.rule == "lowest") != (self.tokens is not None):
+            raise ValueError(
+                f"eviction {self.rule!r} with tokens={self.tokens!r}: 'lowest' needs the number of "
+                "tokens that are kept, the others take none"
+            )
+        if self.tokens is not None:
+            whole("evict.tokens", self.tokens, 1)
 
 
 @dataclass(frozen=True)

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .. import ops as _registered  # noqa: F401 (registers the operations used below)
+from . import lists
+from .site import SiteTensors
 from .spec import Memory
+from .state import joined, mapped
 
 # emit(target, *args) runs target on tensors, or adds a call of it to a graph and returns the node.
 Emit = Callable[..., Any]
 READS = ("dense", "policy")
-
-
-@dataclass(frozen=True)
-class SiteTensors:
-    """One site's state, in the order `MemoryState.tensors()` lists it; tensors or graph nodes."""
-
-    page_table: Any
-    key_pages: Any
-    value_pages: Any
-    index: tuple[Any, ...] = ()
-
-    @classmethod
-    def take(cls, memory: Memory, flat: Sequence[Any]) -> SiteTensors:
-        """The site's part of a flat list that starts with it."""
-        count = 3 + len(memory.fields)
-        if len(flat) < count:
-            raise ValueError(f"{memory.name!r} has {count} state tensors, got {len(flat)}")
-        return cls(flat[0], flat[1], flat[2], tuple(flat[3:count]))
 
 
 def eager(target: Callable[..., Any], *args: Any) -> Any:
@@ -50,11 +35,38 @@ def emit_write(
     lengths: Any,
 ) -> None:
     """Appends key [B,Hkv,n,Dk] and value [B,Hkv,n,Dv], and the records of pages they fill."""
+    append, fields = torch.ops.memcompile.append_index, [*memory.fields]
+    pools = (site.key_pages, site.value_pages)
+    if not memory.levels:
+        emit(
+            append.default,
+            *(key, value, site.page_table, position, lengths, *pools, [*site.index], fields),
+        )
+        return
+    table, records = site.levels[0]
     emit(
-        torch.ops.memcompile.append_index.default,
-        *(key, value, site.page_table, position, lengths, site.key_pages, site.value_pages),
-        *(list(site.index), list(memory.fields)),
+        append.record_table,
+        *(key, value, site.page_table, table, position, lengths, *pools, [*records], fields),
     )
+    for number in range(1, len(memory.levels)):
+        children, size = (table, records), memory.levels[number - 1]
+        table, records = site.levels[number]
+        emit(
+            append.fold,
+            *([*children[1]], children[0], table, position, lengths, [*records], fields),
+            *(size, memory.levels[number] // size),
+        )
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a read is for: query [B,H,n,Dk] at position [B], lengths [B] rows of it valid."""
+
+    query: Any
+    position: Any
+    lengths: Any
+    scale: float
+    softcap: float
 
 
 def emit_read(
@@ -70,54 +82,187 @@ def emit_read(
     softcap: float,
     window: int,
     dtype: torch.dtype,
-) -> Any:
+) -> tuple[Any, Any]:
     """Reads the memory for query [B,H,n,Dk], after the write of the same tokens.
 
     Args:
-        read: "dense" reads every page; "policy" what the memory selects. A memory that selects
-            nothing reads every page in both.
+        read: "dense" reads every page that is there; "policy" what the memory selects. A memory
+            that selects nothing reads every page in both.
         window: the site's own sliding window, 0 = none.
         dtype: element type of the result, the query's own.
 
     Returns:
-        [B, H, n, Dv].
+        [B, H, n, Dv], and where the memory leaves out pages, those that were read: an int tensor
+        [B, Hkv, n, S] with negative numbers where there is none; else None.
 
     Raises:
         ValueError: an unknown read; the known ones are listed.
     """
     if read not in READS:
         raise ValueError(f"unknown read {read!r}; known: {', '.join(READS)}")
-
-    def attend(pages: Any) -> Any:
-        return emit(
-            torch.ops.memcompile.attend.default,
-            *(query, site.key_pages, site.value_pages, None, site.page_table, pages, False),
-            *(position, lengths, scale, softcap, window, 1),
+    asked = Query(query, position, lengths, scale, softcap)
+    if window and (memory.selects or memory.state) and read == "policy":
+        raise ValueError(
+            f"memory {memory.name!r} selects pages or keeps a state, but its site has a window of "
+            f"{window} tokens of its own; give such sites a memory that reads everything"
         )
-
-    if read == "dense" or memory.score is None:
-        both = attend(None)
+    pages = None
+    if memory.state is not None:
+        out = _read_state(emit, memory, site, read, asked)
+    elif memory.account is not None:
+        out, pages = _read_and_account(emit, memory, site, asked)
+    elif read == "dense" or memory.select is None:
+        out = _first(emit, _attend(emit, site, asked, window=window))
+    elif memory.levels:
+        out, pages = _read_levels(emit, memory, site, asked)
+    elif memory.score is None:
+        pages = _held(emit, site, asked, memory.page_size, memory.sink_pages, memory.window_pages)
+        out = _first(emit, _attend(emit, site, asked, pages))
     else:
-        if window:
-            raise ValueError(
-                f"memory {memory.name!r} selects pages, but its site has a window of {window} "
-                "tokens of its own; give such sites a memory that reads everything"
+        out, pages = _read_selected(emit, memory, site, asked)
+    return emit(torch.ops.aten.to.dtype, out, dtype), pages
+
+
+def _first(emit: Emit, results: Any) -> Any:
+    return emit(operator.getitem, results, 0)
+
+
+def _attend(
+    emit: Emit,
+    site: SiteTensors,
+    asked: Query,
+    pages: Any = None,
+    *,
+    window: int = 0,
+    page_lse: bool = False,
+) -> Any:
+    """Exact pages: the listed, or every one that is there."""
+    attend = torch.ops.memcompile.attend
+    return emit(
+        attend.page_lse if page_lse else attend.default,
+        *(asked.query, site.key_pages, site.value_pages, None, site.page_table, pages, False),
+        *(asked.position, asked.lengths, asked.scale, asked.softcap, window, 1),
+    )
+
+
+def _held(emit: Emit, site: SiteTensors, asked: Query, size: int, sinks: int, window: int) -> Any:
+    return emit(
+        lists.held,
+        *(asked.query, site.page_table, asked.position, asked.lengths, size, sinks, window),
+    )
+
+
+def _read_selected(emit: Emit, memory: Memory, site: SiteTensors, asked: Query) -> tuple[Any, Any]:
+    """The best pages, and with compensation the others by their records."""
+    assert memory.score is not None
+    select = torch.ops.memcompile.score_select
+    chosen = emit(
+        select.page_logits if memory.compensate else select.default,
+        *(asked.query, list(site.index), list(memory.fields), site.page_table),
+        *(asked.position, asked.lengths, memory.score.kind, memory.page_size),
+        *(memory.sink_pages, memory.window_pages, memory.capacity, memory.budget_pages),
+        memory.dense_below,
+    )
+    if not memory.compensate:
+        return _first(emit, _attend(emit, site, asked, chosen)), chosen
+    record = dict(zip(memory.fields, site.index, strict=True))
+    pages, logits = (emit(operator.getitem, chosen, i) for i in (0, 1))
+    both = emit(
+        torch.ops.memcompile.attend.summaries,
+        *(asked.query, site.key_pages, site.value_pages, site.page_table, pages, logits),
+        *(record["value_mean"], record["log_count"], asked.position, asked.lengths),
+        *(asked.scale, asked.softcap),
+    )
+    return _first(emit, both), pages
+
+
+def _read_levels(emit: Emit, memory: Memory, site: SiteTensors, asked: Query) -> tuple[Any, Any]:
+    """From the coarsest level down: what is not opened is read as one key, the rest a level finer.
+
+    Every token is read once, since a record is either opened or read.
+    """
+    reads, candidates, opened = [], None, None
+    for number in reversed(range(len(memory.levels))):
+        level, (table, records) = memory.level(number), site.levels[number]
+        if opened is not None:
+            ratio = memory.levels[number + 1] // level.size
+            candidates = emit(lists.children, opened, ratio, asked.position, level.size)
+        opened = _opened(emit, memory, site, asked, number, candidates)
+        left = opened if candidates is None else emit(lists.without, candidates, opened)
+        record = dict(zip(memory.fields, records, strict=True))
+        reads.append(
+            emit(
+                torch.ops.memcompile.attend.default,
+                asked.query,
+                *(emit(torch.ops.aten.unsqueeze.default, record[f], 1) for f in KEY_AND_VALUE),
+                *(record["log_count"], table, left, candidates is None),
+                *(asked.position, asked.lengths, asked.scale, asked.softcap, 0, level.size),
             )
-        select = torch.ops.memcompile.score_select
-        chosen = emit(
-            select.page_logits if memory.compensate else select.default,
-            *(query, list(site.index), list(memory.fields), site.page_table, position, lengths),
-            *(memory.score.kind, memory.page_size, memory.sink_pages, memory.window_pages),
-            *(memory.capacity, memory.budget_pages, memory.dense_below),
         )
-        if memory.compensate:
-            record = dict(zip(memory.fields, site.index, strict=True))
-            pages, logits = (emit(operator.getitem, chosen, i) for i in (0, 1))
-            both = emit(
-                torch.ops.memcompile.attend.summaries,
-                *(query, site.key_pages, site.value_pages, site.page_table, pages, logits),
-                *(record["value_mean"], record["log_count"], position, lengths, scale, softcap),
-            )
-        else:
-            both = attend(chosen)
-    return emit(torch.ops.aten.to.dtype, emit(operator.getitem, both, 0), dtype)
+    reads.append(_attend(emit, site, asked, opened))
+    parts = [[emit(operator.getitem, read, i) for read in reads] for i in (0, 1)]
+    return _first(emit, emit(torch.ops.memcompile.combine.default, *parts)), opened
+
+
+KEY_AND_VALUE = ("mean", "value_mean")
+
+
+def _opened(
+    emit: Emit, memory: Memory, site: SiteTensors, asked: Query, number: int, candidates: Any
+) -> Any:
+    """The records of a level whose tokens are read finer: int32 [B, Hkv, n, budget]."""
+    level, (table, records) = memory.level(number), site.levels[number]
+    if memory.score is None:
+        return _held(emit, site, asked, level.size, level.sinks, level.window)
+    select = torch.ops.memcompile.score_select
+    among = () if candidates is None else (candidates,)
+    capacity = (level.budget,) if candidates is None else ()
+    below = (0,) if candidates is None else ()
+    return emit(
+        select.default if candidates is None else select.among,
+        *(asked.query, list(records), list(memory.fields), table, *among),
+        *(asked.position, asked.lengths, memory.score.kind, level.size),
+        *(level.sinks, level.window, *capacity, level.budget, *below),
+    )
+
+
+def _read_and_account(
+    emit: Emit, memory: Memory, site: SiteTensors, asked: Query
+) -> tuple[Any, Any]:
+    """Every page that is left; the mass each received is added to its account."""
+    assert memory.account is not None
+    read = _attend(emit, site, asked, page_lse=True)
+    out, lse, page_lse = (emit(operator.getitem, read, i) for i in range(3))
+    pages = emit(
+        lists.account,
+        *(site.account, page_lse, lse, asked.lengths, memory.account.decay),
+    )
+    return out, pages
+
+
+def _read_state(emit: Emit, memory: Memory, site: SiteTensors, read: str, asked: Query) -> Any:
+    """The window exactly, and the state, which takes in the tokens that leave it."""
+    assert memory.state is not None
+    state, window = torch.ops.memcompile, memory.own_window
+    near = _attend(emit, site, asked, window=window)
+    entering = emit(
+        lists.entering,
+        *(asked.query, site.key_pages, site.value_pages, site.page_table),
+        *(asked.position, asked.lengths, window),
+    )
+    key, value, live = (emit(operator.getitem, entering, i) for i in range(3))
+    features = emit(
+        mapped, memory.state.feature_map, dict(site.weights), asked.query, key, live, asked.scale
+    )
+    names = ("", "", "decay" if "decay" in site.weights else "gate_weight", "beta_weight")
+    query, key, decay, beta = (
+        emit(operator.getitem, features, i) if not name or name in site.weights else None
+        for i, name in enumerate(names)
+    )
+    far = emit(
+        # The recurrence for few rows, its chunked form for many.
+        (state.state_chunk if read == "dense" else state.state_step).default,
+        *(query, key, value, decay, beta, asked.lengths, site.state, site.norm),
+    )
+    parts = [emit(operator.getitem, part, i) for part in (near, far) for i in (0, 1)]
+    return emit(joined, dict(site.weights), *parts)

@@ -8,14 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .names import known
 from .paged import NEGATIVE_INFINITY, row_blocks, rows_by_kv_head, token_of_row, wide
-from .parts import SCORE_FIELDS, known
+from .parts import SCORE_FIELDS
 
 
-def append_index(
+def append_index(key: Tensor, value: Tensor, page_table: Tensor, *rest: Any) -> None:
+    """`append_index_record_table`, whose records go where their pages are."""
+    append_index_record_table(key, value, page_table, page_table, *rest)
+
+
+def append_index_record_table(
     key: Tensor,
     value: Tensor,
     page_table: Tensor,
+    record_table: Tensor,
     position: Tensor,
     lengths: Tensor,
     key_pages: Tensor,
@@ -46,16 +53,34 @@ def append_index(
         return
     # Pages that are full now and were not before; a row without new tokens has none.
     first, stop = position.long() // size, (position.long() + lengths) // size
+    check_rows(record_table, first, stop, f"the record of a page of {size}")
     filled = int((stop - first).max())
     width = page_table.shape[:2].numel() * size * key.shape[3] * 8
     for block in row_blocks(filled, width):
         logical = first[:, None] + torch.arange(block.start, block.stop, device=key.device)
-        live = logical < stop[:, None]  # [B, t]
-        at = logical.clamp_max(page_table.shape[2] - 1)[:, None].expand(-1, key.shape[1], -1)
-        page = page_table.long().gather(2, at)[live[:, None].expand_as(at)]
+        live = (logical < stop[:, None])[:, None].expand(-1, key.shape[1], -1)  # [B, Hkv, t]
+        page, row = (rows_at(table, logical)[live] for table in (page_table, record_table))
         records = page_records(key_pages[page], value_pages[page], fields)
         for pool, record in zip(index, records, strict=True):
-            pool[page] = record.to(pool.dtype)
+            pool[row] = record.to(pool.dtype)
+
+
+def rows_at(table: Tensor, column: Tensor) -> Tensor:
+    """The rows [B, Hkv, c] that a table names in columns [B, c], its last past its end."""
+    at = column.clamp_max(table.shape[2] - 1)[:, None].expand(-1, table.shape[1], -1)
+    return table.long().gather(2, at)
+
+
+def check_rows(table: Tensor, first: Tensor, stop: Tensor, what: str) -> None:
+    """Refuses a table that lacks one of the columns first[b] .. stop[b] - 1 of a sequence."""
+    column = torch.arange(int(stop.max()), device=table.device)
+    needed = ((column >= first[:, None]) & (column < stop[:, None]))[:, None]  # [B, 1, columns]
+    held = torch.nn.functional.pad(table[:, :, : len(column)] >= 0, (0, len(column)))
+    if bool((needed & ~held[:, :, : len(column)]).any()):
+        raise IndexError(
+            f"{what} to write has no row in its table of {table.shape[2]} columns; "
+            "reserve the tokens first"
+        )
 
 
 def page_records(keys: Tensor, values: Tensor, fields: list[str]) -> list[Tensor]:

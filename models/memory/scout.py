@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .dense import Dense
-from .parts import fields_for, whole
+from .names import whole
+from .parts import fields_for
+from .policy import Policy
 from .spec import Index, Memory, Pages, Read, Score, Select, Sinks, Window
 
 
 @dataclass(frozen=True)
-class Scout:
+class Scout(Policy):
     """Preset `scout`: sinks, window and open page always, the other pages by their score.
 
     Attributes:
         budget: tokens a query reads, sinks, window and open page included; None reads everything.
-        page_size: tokens a page, a power of two from 8 to 1024.
+        page_size: tokens a page, 1 or a power of two from 8 to 1024.
         sinks, window: tokens at the start and before the query that are always read.
         dense_layers: the first layers stay dense (their attention is the least concentrated).
         score: mean, mean-std, box or ball.
@@ -27,6 +29,7 @@ class Scout:
         min_context: below this many tokens the memory is dense; None means the budget.
     """
 
+    preset: ClassVar[str] = "scout"
     budget: int | None = 2048
     page_size: int = 64
     sinks: int = 64
@@ -65,9 +68,6 @@ class Scout:
             read=Read(self.compensate),
             min_context=self.min_context,
         )
-
-    def to_json(self) -> dict[str, Any]:
-        return {"preset": "scout", **asdict(self)}
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, memory: Memory, scale: float) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from .parts import SCORE_FIELDS, SUMMARY_FIELDS, field_width
 from .spec import Memory
+from .state import state_features
 
 
 class SiteShape(Protocol):
@@ -24,7 +25,8 @@ class SiteShape(Protocol):
 
 
 def pages_read(memory: Memory, position: int, *, window: int = 0, read: str = "policy") -> int:
-    """Pages one KV head reads exactly for a query at token `position`."""
+    """Pages one KV head reads exactly for a query at token `position`, at most."""
+    window = window or memory.own_window
     open_page = position // memory.page_size
     first = max(0, position - window + 1) // memory.page_size if window else 0
     if read == "dense" or not memory.selects or position < memory.dense_below:
@@ -41,13 +43,13 @@ def bytes_read(
     selected: int | None = None,
     read: str = "policy",
 ) -> int:
-    """Bytes of keys, values and index that one query token reads at one site of one sequence.
+    """Bytes of keys, values, index and state that one query token reads at one site of a sequence.
 
     Counted: the score's records of the full pages that compete (neither sinks nor window), where
-    the budget leaves a choice; keys and values of the visible tokens in the pages read; and, with
-    compensation, the summaries of the full pages that were skipped. A summary's mean counts again
-    although the score may just have read it. Page table and page list are not counted: they are at
-    most 8 bytes a page, a thousandth of it.
+    the budget leaves a choice; keys and values of the visible tokens in the pages read; with
+    compensation, the summaries of the full pages that were skipped; the account; and a state, with
+    the token that enters it. A summary's mean counts again although the score may just have read
+    it. Page tables and page lists are not counted: they are at most 8 bytes a page, a thousandth.
 
     Args:
         position: the token the query stands at.
@@ -60,18 +62,61 @@ def bytes_read(
     each = pages_read(memory, position, window=window, read=read)
     pages = each * heads if selected is None else selected
     visible = position % size + 1  # tokens of the open page, which every head reads
-    if window and (memory.select is None or read == "dense"):
-        return min(position + 1, window) * heads * token_bytes
+    within = window or memory.own_window
+    if within and (memory.select is None or read == "dense"):
+        tokens = min(position + 1, within)
+        if memory.state is None:
+            return tokens * heads * token_bytes
+        entering = int(position >= within)
+        return (tokens + entering) * heads * token_bytes + state_bytes(memory, site)
     total = ((pages - heads) * size + visible * heads) * token_bytes
     full = position // size
-    if read == "dense" or memory.score is None or full < each:
+    if memory.account is not None:
+        total += pages * 4
+    if read == "dense" or memory.select is None or full < each:
         return total
-    competing = max(0, full - memory.sink_pages - memory.window_pages)
-    total += competing * heads * record_bytes(memory, site, SCORE_FIELDS[memory.score.kind])
+    if memory.levels:
+        return total + heads * _level_bytes(memory, site, position)
+    if memory.score is not None:
+        competing = max(0, full - memory.sink_pages - memory.window_pages)
+        total += competing * heads * record_bytes(memory, site, SCORE_FIELDS[memory.score.kind])
     if memory.compensate:
         skipped = (full + 1) * heads - pages
         total += skipped * record_bytes(memory, site, SUMMARY_FIELDS)
     return total
+
+
+def _level_bytes(memory: Memory, site: SiteShape, position: int) -> int:
+    """Bytes of records that one KV head scores and reads on its way down the levels."""
+    scored = read = 0
+    opened = above = 0
+    for number in reversed(range(len(memory.levels))):
+        level = memory.level(number)
+        standing = position // level.size
+        if number + 1 == len(memory.levels):
+            candidates = standing + 1
+        else:
+            ratio = memory.levels[number + 1] // level.size
+            # All children of full records that were opened, and those there are of the open one.
+            candidates = (opened - 1) * ratio + standing - above * ratio + 1
+        opened, above = min(candidates, level.budget), standing
+        always = min(standing, level.sinks) + min(level.window, max(0, standing - level.sinks)) + 1
+        if memory.score is not None and candidates > level.budget:
+            scored += candidates - always
+        read += candidates - opened
+    fields = SCORE_FIELDS[memory.score.kind] if memory.score is not None else ()
+    return scored * record_bytes(memory, site, fields) + read * record_bytes(
+        memory, site, SUMMARY_FIELDS
+    )
+
+
+def state_bytes(memory: Memory, site: SiteShape) -> int:
+    """Bytes of one sequence's state at a site."""
+    if memory.state is None:
+        return 0
+    features = state_features(memory, site.key_dim)
+    width = site.value_dim + int(memory.state.normalised)
+    return site.kv_heads * features * width * max(4, site.dtype.itemsize)
 
 
 def record_bytes(memory: Memory, site: SiteShape, fields: tuple[str, ...]) -> int:

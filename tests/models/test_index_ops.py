@@ -163,6 +163,44 @@ def test_tokens_without_a_page_are_refused(table: str) -> None:
         append(laid, pools, [9])
 
 
+def score_by_hand(queries: Tensor, record: dict[str, Tensor], score: str) -> float:
+    """The largest of a group's queries [G, Dk]."""
+    best = -float("inf")
+    for q in queries.double():
+        if score == "box":
+            value = sum(max(x * lo, x * hi) for x, lo, hi in
+                        zip(q, record["min"], record["max"], strict=True))  # fmt: skip
+        else:
+            value = q @ record["mean"]
+            if score == "mean-std":
+                value = value + q.abs() @ record["std"]
+            if score == "ball":
+                value = value + (q @ q).sqrt() * record["radius"][0]
+        best = max(best, float(value))
+    return best
+
+
+def whole_records(laid: Laid, score: str) -> dict[str, Tensor]:
+    """Whole numbers, and queries of norm 5: scores are exact in every precision, ties frequent."""
+    case, make = laid.case, torch.Generator().manual_seed(laid.case.seed)
+    records = {
+        name: torch.randint(-2, 3, (len(laid.key_pages), width), generator=make).to(case.dtype)
+        for name in SCORE_FIELDS[score]
+        for width in [field_width(name, case.key_dim, case.value_dim)]
+    }
+    if score == "box":
+        low, high = records["min"], records["max"]
+        records = {"min": torch.minimum(low, high), "max": torch.maximum(low, high)}
+    live = laid.query.isfinite()
+    laid.query = torch.zeros_like(laid.query)
+    for row in laid.query.view(-1, case.key_dim):
+        row[torch.randperm(case.key_dim, generator=make)[:2]] = torch.tensor(
+            [3.0, -4.0], dtype=case.dtype
+        )
+    laid.query[~live] = torch.nan
+    return records
+
+
 def select_by_hand(
     laid: Laid, records: dict[str, Tensor], score: str, sinks: int, window: int, budget: int,
     capacity: int, dense_below: int,
@@ -175,20 +213,8 @@ def select_by_hand(
         ranking = []
         for page in {*range(last)} - always:
             at_page = {name: r[int(laid.table[b, h, page])].double() for name, r in records.items()}
-            best = -float("inf")
-            for head in range(h * c.group, (h + 1) * c.group):
-                q = laid.query[b, head, i].double()
-                if score == "box":
-                    value = sum(max(x * lo, x * hi) for x, lo, hi in
-                                zip(q, at_page["min"], at_page["max"], strict=True))  # fmt: skip
-                else:
-                    value = q @ at_page["mean"]
-                    if score == "mean-std":
-                        value = value + q.abs() @ at_page["std"]
-                    if score == "ball":
-                        value = value + (q @ q).sqrt() * at_page["radius"][0]
-                best = max(best, float(value))
-            ranking.append((-best, page))
+            queries = laid.query[b, h * c.group : (h + 1) * c.group, i]
+            ranking.append((-score_by_hand(queries, at_page, score), page))
         count = last + 1 if last < budget or at < dense_below else budget
         pages = sorted(always | {page for _, page in sorted(ranking)[: count - len(always)]})
         pages = pages if i < c.lengths[b] else []
@@ -205,23 +231,7 @@ def test_selection_is_the_reference_ties_included(
     case: Case, score: str, sinks: int, window: int, more: int, dense_below: int, block_bytes: int
 ) -> None:
     laid = Laid(case)
-    make = torch.Generator().manual_seed(case.seed)
-    # Whole numbers, and queries of norm 5: scores are exact in every precision, ties frequent.
-    records = {
-        name: torch.randint(-2, 3, (len(laid.key_pages), width), generator=make).to(case.dtype)
-        for name in SCORE_FIELDS[score]
-        for width in [field_width(name, case.key_dim, case.value_dim)]
-    }
-    if score == "box":
-        low, high = records["min"], records["max"]
-        records = {"min": torch.minimum(low, high), "max": torch.maximum(low, high)}
-    live = laid.query.isfinite()
-    laid.query = torch.zeros_like(laid.query)
-    for row in laid.query.view(-1, case.key_dim):
-        row[torch.randperm(case.key_dim, generator=make)[:2]] = torch.tensor(
-            [3.0, -4.0], dtype=case.dtype
-        )
-    laid.query[~live] = torch.nan
+    records = whole_records(laid, score)
     held = torch.tensor([len(k[0]) for k in laid.keys])
     page = torch.arange(case.columns)
     for b in range(case.batch):  # records of pages that are not full are poison

@@ -8,16 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_case import SCALE, drive, exact, in_calls, sequences
 from tolerance import assert_close_to_float64, rounding_band
 from torch import Tensor, fx
 
 from memcompile.models.memory import Dense, Scout, dense, scout
 from memcompile.models.memory.parts import SCORE_FIELDS
-from memcompile.models.memory.read import SiteTensors, eager, emit_read, emit_write
-from memcompile.models.memory.spec import Memory
-from memcompile.runtime.memory_state import MemoryState, SiteLayout
+from memcompile.models.memory.read import eager, emit_read, emit_write
+from memcompile.models.memory.site import SiteTensors
+from memcompile.runtime.memory_state import MemoryState
+from memcompile.runtime.site_layout import SiteLayout
 
-SCALE = 0.4
 some = settings(max_examples=12, deadline=None)
 
 
@@ -26,69 +27,6 @@ def poison() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMCOMPILE_POISON", "1")
         yield
-
-
-def sequences(
-    batch: int, tokens: int, dtype: torch.dtype, group: int = 3, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [B, 2G, T, 6], key [B, 2, T, 6] and value [B, 2, T, 5]."""
-    make = torch.Generator().manual_seed(seed)
-    shapes = ((2 * group, 6), (2, 6), (2, 5))
-    q, k, v = (
-        torch.randn(batch, heads, tokens, width, generator=make, dtype=torch.float64).to(dtype)
-        for heads, width in shapes
-    )
-    return q, k, v
-
-
-def drive(
-    memory: Memory,
-    tokens: tuple[Tensor, Tensor, Tensor],
-    calls: list[list[int]],
-    read: str = "policy",
-    window: int = 0,
-) -> Tensor:
-    """Feeds each row its tokens in `calls` (one length a row); returns all outputs in order."""
-    query, _, value = tokens
-    batch, dtype = query.shape[0], query.dtype
-    state = MemoryState([SiteLayout("a", 2, 6, 5, dtype, memory, window)], batch, "cpu")
-    out = query.new_full((*query.shape[:3], value.shape[3]), torch.nan)
-    for lengths in calls:
-        state.reserve(lengths)
-        site, start = SiteTensors.take(memory, state.tensors()), state.position
-        new = []
-        for x in tokens:
-            padded = x.new_full((batch, x.shape[1], max(lengths), x.shape[3]), torch.nan)
-            for b, n in enumerate(lengths):
-                padded[b, :, :n] = x[b, :, start[b] : start[b] + n]
-            new.append(padded)
-        at = torch.tensor(start, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
-        emit_write(eager, memory, site, new[1], new[2], *at)
-        got = emit_read(
-            eager, memory, site, read, new[0], *at,
-            scale=SCALE, softcap=0.0, window=window, dtype=dtype,
-        )  # fmt: skip
-        state.advance(lengths)
-        for b, n in enumerate(lengths):
-            out[b, :, start[b] : start[b] + n] = got[b, :, :n]
-            assert not got[b, :, n:].any()
-    return out
-
-
-def in_calls(tokens: int, cuts: list[int], batch: int) -> list[list[int]]:
-    stops = sorted({cut for cut in cuts if cut < tokens} | {tokens})
-    return [[stop - start] * batch for start, stop in zip([0, *stops], stops, strict=False)]
-
-
-def exact(tokens: tuple[Tensor, ...], dtype: torch.dtype, window: int = 0) -> Tensor:
-    """Causal attention over everything, in `dtype`."""
-    q, k, v = (x.to(dtype) for x in tokens)
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
-    hidden = (distance < 0) | (distance >= (window or len(distance)))
-    logits = (SCALE * q @ k.transpose(2, 3)).masked_fill(hidden, float("-inf"))
-    return logits.softmax(-1) @ v
 
 
 presets = st.builds(
@@ -220,7 +158,8 @@ def test_the_same_lines_print_a_graph_that_computes_the_same() -> None:
 
     emit_write(emit, memory, site, *inputs[1:5])
     options = {"scale": SCALE, "softcap": 0.0, "window": 0, "dtype": torch.float32}
-    graph.output(emit_read(emit, memory, site, "policy", inputs[0], *inputs[3:5], **options))
+    out, _ = emit_read(emit, memory, site, "policy", inputs[0], *inputs[3:5], **options)
+    graph.output(out)
     module = fx.GraphModule(torch.nn.Module(), graph)
     state = MemoryState([SiteLayout("a", 2, 6, 5, torch.float32, memory)], 1, "cpu")
     state.reserve([70])
@@ -236,10 +175,11 @@ def test_a_graph_of_memory_operations_exports_and_runs() -> None:
         def forward(self, q: Tensor, k: Tensor, v: Tensor, p: Tensor, n: Tensor, *flat: Tensor):  # type: ignore[no-untyped-def]
             site = SiteTensors.take(memory, flat)
             emit_write(eager, memory, site, k, v, p, n)
-            return emit_read(
+            out, _ = emit_read(
                 eager, memory, site, "policy", q, p, n,
                 scale=SCALE, softcap=0.0, window=0, dtype=q.dtype,
             )  # fmt: skip
+            return out
 
     state = MemoryState([SiteLayout("a", 2, 6, 5, torch.float32, memory)], 1, "cpu")
     state.reserve([70])
@@ -255,7 +195,7 @@ def test_a_graph_of_memory_operations_exports_and_runs() -> None:
 
 def test_a_memory_that_selects_is_refused_where_the_site_has_a_window() -> None:
     memory = Scout(budget=32, page_size=8, sinks=8, window=8).memory(2, 0)
-    with pytest.raises(ValueError, match="selects pages, but its site has a window of 16 tokens"):
+    with pytest.raises(ValueError, match="but its site has a window of 16 tokens"):
         drive(memory, sequences(1, 70, torch.float32), [[70]], window=16)
 
 

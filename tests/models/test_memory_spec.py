@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from memcompile.models.memory import PRESETS, Dense, Scout, preset, preset_from_json
+from memcompile.models.memory import PRESETS, Dense, Hierarchical, Scout, preset, preset_from_json
 from memcompile.models.memory.parts import PARTS, SCORE_FIELDS, Part, field_width, fields_for
 from memcompile.models.memory.spec import (
     Account,
@@ -32,8 +34,8 @@ EVERY_PART: list[Part] = [
     Sinks(4),
     Window(256),
     Pages(16),
-    Index(("mean", "std")),
-    State("delta", feature_map="elu", normalised=True),
+    Index(("mean", "std"), levels=(16, 32)),
+    State("gate", "delta", "elu", features=16, normalised=False),
     Archive("compacted", 32),
     Prefix(8),
     Write("admit", threshold=0.5),
@@ -42,10 +44,22 @@ EVERY_PART: list[Part] = [
     Read(compensate=True),
     Account("mass", decay=0.5),
     Consolidate("attention-match", trigger="full"),
-    Evict("lowest", delay=3),
+    Evict("lowest", tokens=96, delay=3),
     Refresh(32),
     Budget("measured", shares=(0.25, 0.75)),
 ]
+
+
+OTHER_THAN_DEFAULT: dict[str, dict[str, Any]] = {
+    "dense": {"page_size": 16},
+    "scout": {"page_size": 16},
+    "hierarchical": {"levels": (16, 64), "refine": 0, "keep": False},
+    "hybrid": {"state_layers": (0, 3), "rest": "scout:budget=512", "write": "delta"},
+    "window": {"window": 512},
+    "heavy-hitter": {"decay": 0.5},
+    "quest": {"budget": 512},
+    "mixture": {"layers": {0: "dense", "b": "scout:budget=512"}, "default": "quest"},
+}
 
 
 def selecting(**changes: object) -> Memory:
@@ -83,11 +97,12 @@ def test_a_part_survives_json(part: Part) -> None:
         Dense().memory(0, 0),
         Scout().memory(5, 0),
         selecting(min_context=80),
-        Memory("all", Pages(), **{p.kind_name: p for p in EVERY_PART if p.kind_name in (
-            "state", "archive", "prefix", "write", "account", "consolidate", "evict", "refresh",
+        *(kind().memory(3, 0) for kind in PRESETS.values()),
+        Memory("all", Pages(16), **{p.kind_name: p for p in EVERY_PART if p.kind_name in (
+            "archive", "prefix", "write", "account", "consolidate", "evict", "refresh",
             "budget")}),
     ],
-    ids=["dense", "scout", "min_context", "every part"],
+    ids=["dense", "scout", "min_context", *PRESETS, "every part"],
 )  # fmt: skip
 def test_a_memory_survives_json(memory: Memory) -> None:
     assert Memory.from_json(json.loads(json.dumps(memory.to_json()))) == memory
@@ -95,7 +110,8 @@ def test_a_memory_survives_json(memory: Memory) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_json(name: str) -> None:
-    given = preset(name, page_size=16)
+    given = preset(name, **OTHER_THAN_DEFAULT[name])
+    assert given != preset(name)
     assert preset_from_json(json.loads(json.dumps(given.to_json()))) == given
     assert preset(name) == PRESETS[name]()
 
@@ -138,16 +154,24 @@ def test_the_index_holds_what_the_score_needs(score: str, compensate: bool) -> N
         (lambda: Window(1.5), r"window.tokens must be a whole number .* got 1.5"),
         (lambda: Prefix(True), r"prefix.tokens must be a whole number .* got True"),
         (lambda: Pages("64"), r"page_size must be a whole number .* got '64'"),
-        (lambda: Pages(48), r"page_size must be a power of two from 8 to 1024, got 48"),
-        (lambda: Pages(4), r"page_size must be a power of two from 8 to 1024, got 4"),
+        (lambda: Pages(48), r"page_size must be 1 or a power of two from 8 to 1024, got 48"),
+        (lambda: Pages(24), r"page_size must be 1 or a power of two from 8 to 1024, got 24"),
         (lambda: Pages(2048), r"power of two from 8 to 1024, got 2048"),
         (lambda: Index(()), r"index.fields must name some of"),
         (lambda: Index(("median",)), r"unknown index field 'median'; known: mean, std"),
         (lambda: Index(("mean", "mean")), r"names a field twice"),
         (lambda: field_width("median", 1, 1), r"unknown index field 'median'"),
-        (lambda: State("hebb"), r"unknown state rule 'hebb'; known: linear"),
-        (lambda: State("delta", "tanh"), r"unknown feature map 'tanh'; known: identity"),
-        (lambda: State("delta", normalised=1), r"state.normalised must be True or False, got 1"),
+        (lambda: State("hebb"), r"unknown decay 'hebb'; known: none, constant, gate"),
+        (lambda: State(write="add"), r"unknown write 'add'; known: additive, delta"),
+        (lambda: State(feature_map="tanh"), r"unknown feature map 'tanh'; known: softmax, elu,"),
+        (lambda: State(normalised=1), r"normalised must be True or False, got 1"),
+        (lambda: State(features=12), r"features must be a multiple of 8, got 12"),
+        (lambda: State(write="delta"), r"a delta rule subtracts .* give normalised=False"),
+        (lambda: State(feature_map="identity"), r"'identity' may give negative ones; give norm"),
+        (lambda: Index(("mean",), [8]), r"levels must be a tuple of token counts, got \[8\]"),
+        (lambda: Index(("mean",), (8, 12)), r"each a multiple of the one before, got \(8, 12\)"),
+        (lambda: Index(("mean",), (8, 8)), r"levels must grow, each .* got \(8, 8\)"),
+        (lambda: Index(("mean",), (0, 8)), r"levels must be a whole number of at least 1, got 0"),
         (lambda: Archive("text", 1), r"unknown archive content 'text'; known: compacted, states"),
         (lambda: Archive("states", 0), r"archive.slots must be a whole number of at least 1"),
         (lambda: Write("erase"), r"unknown write 'erase'; known: append, admit, merge"),
@@ -155,6 +179,7 @@ def test_the_index_holds_what_the_score_needs(score: str, compensate: bool) -> N
         (lambda: Score(["mean"]), r"unknown score \['mean'\]; known: mean"),
         (lambda: Score("cosine"), r"unknown score 'cosine'; known: mean, mean-std, box, ball"),
         (lambda: Select("all"), r"unknown selection 'all'; known: top-k, top-p, threshold"),
+        (lambda: Select("held", 8), r"selection of what is held anyway has no budget, got 8"),
         (lambda: Select(budget=0), r"budget must be a whole number of at least 1, got 0"),
         (lambda: Read("yes"), r"compensate must be True or False, got 'yes'"),
         (lambda: Account("age"), r"unknown account 'age'; known: mass, salience, last-use"),
@@ -162,7 +187,44 @@ def test_the_index_holds_what_the_score_needs(score: str, compensate: bool) -> N
         (lambda: Consolidate("zip"), r"unknown consolidation 'zip'; known: attention-match"),
         (lambda: Consolidate("pool", "noon"), r"unknown trigger 'noon'; known: full"),
         (lambda: Evict("random"), r"unknown eviction 'random'; known: oldest"),
-        (lambda: Evict("oldest", -1), r"evict.delay must be a whole number of at least 0"),
+        (lambda: Evict("oldest", delay=-1), r"evict.delay must be a whole number of at least 0"),
+        (lambda: Evict("lowest"), r"'lowest' needs the number of tokens that are kept"),
+        (lambda: Evict("oldest", 64), r"'oldest' with tokens=64: .* the others take none"),
+        (lambda: Evict("lowest", 0), r"evict.tokens must be a whole number of at least 1, got 0"),
+        (lambda: selecting(evict=Evict("oldest")), r"a read that never comes back to them"),
+        (lambda: Memory("m", Pages(), evict=Evict("lowest", 64)), r"needs an Account to tell them"),
+        (
+            lambda: Memory(
+                "m", Pages(8), sinks=Sinks(9), account=Account(), evict=Evict("lowest", 16)
+            ),
+            r"16 tokens is 2 pages of 8, but sinks \(2\), window \(0\) and the open page already",
+        ),
+        (
+            lambda: Memory("m", Pages(8), score=Score(), select=Select("held", None)),
+            r"score is given, but a selection of what is held anyway has nothing to choose",
+        ),
+        (
+            lambda: Memory(
+                "m", Pages(8), index=Index(("mean",)), read=Read(True), select=Select("held", None)
+            ),
+            r"a read with compensate=True needs the index fields .* add \['value_mean', 'log_",
+        ),
+        (
+            lambda: selecting(index=Index(("mean", "std"), (16,))),
+            r"levels \(16,\) stand in for pages of 8 tokens .* the first must be the page size",
+        ),
+        (
+            lambda: Memory("m", Pages(8), state=State()),
+            r"it needs a Window, and has no other part beside it",
+        ),
+        (
+            lambda: selecting(state=State()),
+            r"has no sinks, index, select beside it",
+        ),
+        (
+            lambda: replace(Hierarchical(dense_layers=0).memory(0, 0), min_context=9999),
+            r"min_context is not there for memories of several levels",
+        ),
         (lambda: Refresh(0), r"refresh.every must be a whole number of at least 1"),
         (lambda: Budget("pyramid"), r"unknown budget rule 'pyramid'; known: uniform, measured"),
         (lambda: Budget("measured"), r"'measured' needs one share a KV head"),
@@ -202,8 +264,8 @@ def test_the_index_holds_what_the_score_needs(score: str, compensate: bool) -> N
         (lambda: Scout(sinks=-1), r"sinks must be a whole number of at least 0, got -1"),
         (lambda: Scout(dense_layers="2"), r"dense_layers must be a whole number"),
         (lambda: Scout(budget=None, min_context=8), r"min_context needs a budget"),
-        (lambda: Dense(page_size=3), r"page_size must be a power of two"),
-        (lambda: preset("quest"), r"unknown policy 'quest'; known: dense, scout"),
+        (lambda: Dense(page_size=3), r"page_size must be 1 or a power of two"),
+        (lambda: preset("fast"), r"unknown policy 'fast'; known: dense, scout, hierarchical"),
         (lambda: preset("dense", budget=1), r"policy 'dense' has no option 'budget'; known: p"),
         (lambda: preset_from_json({"name": "dense"}), r"a preset is"),
     ],
@@ -216,9 +278,9 @@ def test_refusals_say_what_was_given_and_how_to_mend(make: object, message: str)
 @pytest.mark.parametrize(
     "part",
     [
-        *(p for p in EVERY_PART if p.kind_name in ("state", "archive", "prefix", "write")),
-        *(p for p in EVERY_PART if p.kind_name in ("account", "consolidate", "evict", "refresh")),
-        *(p for p in EVERY_PART if p.kind_name in ("select", "budget")),
+        *(p for p in EVERY_PART if p.kind_name in ("archive", "prefix", "write", "consolidate")),
+        *(p for p in EVERY_PART if p.kind_name in ("refresh", "select", "budget")),
+        Account("salience"),
     ],
     ids=lambda part: part.kind_name,
 )
@@ -228,6 +290,19 @@ def test_parts_without_an_operation_are_vocabulary_but_not_built(part: Part) -> 
         memory.check_lowered()
 
 
+@pytest.mark.parametrize(
+    ("evict", "text"),
+    [
+        (Evict("lowest", tokens=64, delay=3), "evict with a delay of 3"),
+        (Evict("threshold"), "evict 'threshold'"),
+    ],
+)
+def test_evictions_that_are_words_only_are_refused(evict: Evict, text: str) -> None:
+    memory = Memory("m", Pages(8), account=Account(), evict=evict)
+    with pytest.raises(ValueError, match=text):
+        memory.check_lowered()
+
+
 def test_what_can_be_built_is_not_refused() -> None:
-    for memory in (selecting(), Dense().memory(0, 0), Scout().memory(2, 0)):
+    for memory in (selecting(), *(kind().memory(3, 0) for kind in PRESETS.values())):
         memory.check_lowered()

@@ -14,13 +14,27 @@ from memcompile.models import ops as registry
 
 ops = torch.ops.memcompile
 
-# The templates of the design, and no others: un-normalised state is not built yet.
+# The templates of the design, and no others.
 FAMILIES = {"append_index", "score_select", "attend", "combine"} | {
+    "append_index.record_table",
+    "append_index.fold",
     "score_select.page_logits",
+    "score_select.among",
     "attend.page_lse",
     "attend.summaries",
+    "state_step",
+    "state_chunk",
+    "state_chunk.backward",
 }
 NORMAL_FORM = {"attention"}
+APPENDED = {"key_pages", "value_pages", "index"}
+WRITES = {
+    "append_index": APPENDED,
+    "append_index.record_table": APPENDED,
+    "append_index.fold": {"index"},
+    "state_step": {"state", "norm"},
+    "state_chunk": {"state", "norm"},
+}
 
 
 def test_there_are_these_operations_and_no_others() -> None:
@@ -31,9 +45,7 @@ def test_there_are_these_operations_and_no_others() -> None:
         writes = {
             arg.name for arg in schema.arguments if arg.alias_info and arg.alias_info.is_write
         }
-        assert writes == (
-            {"key_pages", "value_pages", "index"} if name == "append_index" else set()
-        )
+        assert writes == WRITES.get(name, set())
 
 
 def arguments(name: str, dtype: torch.dtype, rows: int, group: int) -> tuple[object, ...]:
@@ -45,6 +57,7 @@ def arguments(name: str, dtype: torch.dtype, rows: int, group: int) -> tuple[obj
     mean = torch.randn(len(laid.key_pages), 7, dtype=dtype)
     out, lse = torch.randn(2, 6, rows, 5), torch.randn(2, 6, rows)
     pools = laid.key_pages.nan_to_num(0), laid.value_pages.nan_to_num(0)
+    index = [mean], ["mean"]
     given = {
         "attention": (query, key, value, None, True, 0.4, 0.0),
         "append_index": (key, value, laid.table, *at, *pools, [mean], ["mean"]),
@@ -54,6 +67,12 @@ def arguments(name: str, dtype: torch.dtype, rows: int, group: int) -> tuple[obj
         ),
         "combine": ([out, out], [lse, lse]),
     }
+    tables = laid.table, laid.table
+    given["append_index.record_table"] = (key, value, *tables, *at, *pools, *index)
+    given["append_index.fold"] = ([mean], laid.table, laid.table[:, :, ::2], *at, *index, 4, 2)
+    given["score_select.among"] = (
+        *(query, *index, laid.table, page_lists(laid, 3), *at, "mean", 4, 1, 0, 2),
+    )
     given["attend.page_lse"] = given["attend"]
     given["score_select.page_logits"] = given["score_select"]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -63,6 +82,14 @@ def arguments(name: str, dtype: torch.dtype, rows: int, group: int) -> tuple[obj
     given["attend.summaries"] = (
         *(query, *pools, laid.table, lists, logits, *records, *at, 0.4, 0.0),
     )
+    # decay and beta are float32 beside inputs of any dtype; the state is of the summing type.
+    gates = -torch.rand(2, 2, rows), None, laid.lengths
+    given["state_step"] = given["state_chunk"] = (
+        *(query, key, value, *gates, torch.zeros(2, 2, 7, 5, dtype=wide)),
+        torch.zeros(2, 2, 7, dtype=wide),
+    )
+    grads = torch.randn(2, 2 * group, rows, 5), torch.randn(2, 2 * group, rows)
+    given["state_chunk.backward"] = (query, key, value, *gates, *grads)
     return given[name]
 
 

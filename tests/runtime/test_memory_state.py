@@ -13,9 +13,12 @@ from tolerance import assert_close_to_float64
 from torch import Tensor
 
 from memcompile.models.memory import Dense, Scout
-from memcompile.models.memory.read import SiteTensors, eager, emit_read, emit_write
-from memcompile.models.memory.spec import Memory, Pages, State
-from memcompile.runtime.memory_state import MemoryState, SiteLayout
+from memcompile.models.memory.read import eager, emit_read, emit_write
+from memcompile.models.memory.site import SiteTensors
+from memcompile.models.memory.spec import Archive, Memory, Pages
+from memcompile.runtime.memory_state import MemoryState
+from memcompile.runtime.page_table import TableKey
+from memcompile.runtime.site_layout import SiteLayout, Store
 
 DENSE = Dense(8).memory(0, 0)
 SCOUT = Scout(budget=32, page_size=8, sinks=8, window=8).memory(2, 0)
@@ -73,7 +76,7 @@ class Driven:
             outs.append(emit_read(
                 eager, site.memory, mine, "policy", query, *at,
                 scale=0.4, softcap=0.0, window=site.window, dtype=query.dtype,
-            ))  # fmt: skip
+            )[0])  # fmt: skip
         self.state.advance(lengths)
         return outs
 
@@ -81,7 +84,7 @@ class Driven:
         """Every page has one owner or is free, and exactly the pages in use are assigned."""
         state = self.state
         for key, table in state._tables.items():
-            _, size, window = key
+            size, reach = key.page_size, key.reach
             assert torch.equal(table.table, torch.from_numpy(table.host))
             owned = table.host[table.host >= 0].tolist()
             assert sorted([*owned, *table.free.tolist()]) == list(range(table.pages))
@@ -91,10 +94,10 @@ class Driven:
                 pages = assigned.nonzero()[0].tolist()
                 assert pages == list(range(int(table.first[b]), int(table.held[b])))
                 assert int(table.held[b]) * size >= position
-                oldest = max(0, position - window + 1) if window else 0
+                oldest = 0 if reach is None else max(0, position - reach)
                 assert not position or int(table.first[b]) * size <= oldest
         for site, pools in zip(state.layouts, state._pools, strict=True):
-            assert {len(pool) for pool in pools} == {state._tables[site.table_key].pages}
+            assert {len(p) for p in pools[0]} == {state._tables[site.table_key].pages}
 
 
 steps = st.lists(
@@ -121,8 +124,10 @@ def test_any_history_ends_as_if_only_its_tokens_had_been_written(
             driven.append([int(n) for n in given_ or ()])
         elif kind == "rewind":
             wanted = [int(p * f) for p, f in zip(state.position, given_ or (), strict=True)]
-            sliding = state._tables[HEADS, 8, 13]
-            lost = (sliding.first_needed(torch.tensor(wanted).numpy()) < sliding.first).tolist()
+            sliding = state._tables[TableKey(HEADS, 8, reach=12)]
+            lost = (
+                sliding.first_needed(torch.tensor(wanted).numpy(), True) < sliding.first
+            ).tolist()
             kept = [
                 p if gone else w for p, w, gone in zip(state.position, wanted, lost, strict=True)
             ]
@@ -220,10 +225,10 @@ def test_running_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
     before = [t.clone() for t in state.tensors()]
     made = MemoryState._new_pools
 
-    def exhausted(self: MemoryState, site: SiteLayout, pages: int) -> list[Tensor]:
-        if site.name == "sliding":
+    def exhausted(self: MemoryState, store: Store, pages: int) -> list[Tensor]:
+        if store.key.reach is not None:
             raise MemoryError
-        return made(self, site, pages)
+        return made(self, store, pages)
 
     monkeypatch.setattr(MemoryState, "_new_pools", exhausted)
     with pytest.raises(MemoryError):
@@ -276,7 +281,7 @@ def test_memory_bytes_are_the_bytes_of_what_is_held() -> None:
         (lambda: states(max_context=0), r"max_context must be at least 1 or None, got 0"),
         (
             lambda: MemoryState(
-                [layout("a", Memory("m", Pages(), state=State("delta")))], 1, "cpu"
+                [layout("a", Memory("m", Pages(), archive=Archive("states", 1)))], 1, "cpu"
             ),
             r"memory 'm' cannot be built",
         ),
@@ -300,7 +305,7 @@ def test_a_state_goes_on_under_memories_that_need_no_more_than_it_holds() -> Non
     forked = state.fork(plain)
     assert forked.layouts == tuple(plain) and forked.position == state.position
     # A page table, keys and values a site, and no index.
-    assert [len(pools) for pools in forked._pools] == [2, 2, 2]
+    assert [len(pools) for (pools,) in forked._pools] == [2, 2, 2]
     assert state.layouts == tuple(SITES)
     other = Driven(forked)
     other.tokens = copy.deepcopy(driven.tokens)

@@ -1,0 +1,30 @@
+"""Checks of given values, whose texts say what was given and what would do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def known(what: str, given: object, names: Any) -> None:
+    """Refuses a name that is not in `names`, listing those that are."""
+    if given not in [*names]:
+        raise ValueError(f"unknown {what} {given!r}; known: {', '.join(map(str, names))}")
+
+
+def whole(what: str, given: object, least: int) -> None:
+    """Refuses anything but an int (a bool is not one) that is at least `least`."""
+    if not isinstance(given, int) or isinstance(given, bool) or given < least:
+        raise ValueError(f"{what} must be a whole number of at least {least}, got {given!r}")
+
+
+def number(what: str, given: object, low: float, high: float) -> None:
+    """Refuses anything but a real number in [low, high]."""
+    real = isinstance(given, int | float) and not isinstance(given, bool)
+    if not real or not low <= given <= high:  # type: ignore[operator]
+        raise ValueError(f"{what} must be a number from {low} to {high}, got {given!r}")
+
+
+def flag(what: str, given: object) -> None:
+    """Refuses anything but True or False."""
+    if not isinstance(given, bool):
+        raise ValueError(f"{what} must be True or False, got {given!r}")
