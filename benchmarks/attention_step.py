@@ -15,7 +15,7 @@ from ..models.memory import preset
 from ..models.memory.parts import SCORE_FIELDS, SUMMARY_FIELDS
 from ..models.memory.spec import Memory
 from ..models.memory.traffic import pages_read, record_bytes
-from ..runtime.memory_state import SiteLayout
+from ..runtime.site_layout import SiteLayout
 from . import bandwidth, buffers
 from .memory_step import Load, MemoryStep, one_site, reads_dense
 from .registry import Column, Outcome, Settings, figure

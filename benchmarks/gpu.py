@@ -23,6 +23,7 @@ from . import results
 from .gpu_cases import CASES, TINY, Case
 from .gpu_decode import DTYPES, Place, bandwidth, decode, needed_bytes, release, replays
 from .gpu_numerics import check
+from .gpu_state import timed
 from .memory_step import Load
 from .rules import last_level_cache
 
@@ -30,6 +31,7 @@ MINUTES = 7.0
 NUMERICS_SHARE = 0.45  # of the time, before the first figure of speed is due
 BATCHES = (1, 8, 32)
 CONTEXTS = (8192, 32768, 131072)
+CHUNKS = (512, 4096)  # rows of a chunk that is written into a recurrent state
 SCOUT = {"budget": 2048, "sinks": 64, "window": 256, "compensate": True, "dense_layers": 0}
 DRY_CACHE = 4 << 10
 DRY_KERNELS = ("reference", "cpp", "triton")
@@ -189,6 +191,13 @@ def run(where: Place, clock: Clock, rounds: int) -> dict[str, Any]:
             )
             rows.append({"batch": batch, "context": tokens, **row})
             release(where)
+    states: list[dict[str, Any]] = []
+    if clock.allows("recurrent states", 20 if where.verified else 0):
+        rows_of_chunks = CHUNKS if where.verified else (40,)
+        try:
+            states = timed(where, batches, rows_of_chunks, rounds, ceiling)
+        except Exception as reason:  # as in _guarded
+            clock.skipped.append(f"recurrent states: {type(reason).__name__}: {str(reason)[:300]}")
     for case, dtype in left:
         if clock.allows(f"numerics of {case.name} in {dtype}", 5):
             checks.append(one_check(where, case, dtype))
@@ -200,6 +209,7 @@ def run(where: Place, clock: Clock, rounds: int) -> dict[str, Any]:
         "numerics": checks,
         "captured_step": graph,
         "decode": rows,
+        "states": states,
         "skipped": clock.skipped,
         "seconds": clock.spent,
     }
@@ -255,6 +265,11 @@ def table(found: dict[str, Any]) -> str:
                 f"{row['score_select_us']:.1f}",
                 f"{row['eager_us']:.1f}",
             ]
+        )
+    for row in found.get("states", ()):
+        lines.append(
+            f"{row['case']} batch {row['batch']}: {row['us']:.1f} µs, "
+            f"{100 * row['bandwidth_share']:.0f} % bw{mark}"
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:

@@ -28,6 +28,8 @@ class Case:
         pages: attend reads "all", "listed" or "unlisted" pages, or "records": those of the pages
             that are not listed. attend.summaries has a list in any case.
         score: of score_select; append_index writes the fields of it.
+        decay, rule: of a state: "", "constant" or "gate"; "additive", "normalised" or "delta". Its
+            key_dim is that of mapped keys.
     """
 
     op: str
@@ -42,11 +44,16 @@ class Case:
     window: int = 0
     score: str = "mean-std"
     count: int = 2
+    decay: str = ""
+    rule: str = "additive"
 
     @property
     def name(self) -> str:
         if self.op == "combine":
             return f"combine ×{self.count}"
+        if self.op.startswith("state"):
+            said = [self.op, f"{self.key_dim}/{self.value_dim}", f"group {self.group}"]
+            return " ".join([*said, f"n {self.rows}", self.decay or "no decay", self.rule])
         said = [self.op, f"{self.key_dim}/{self.value_dim}", f"page {self.page_size}"]
         said += [f"group {self.group}"] if self.op != "append_index" else []
         said += [f"n {self.rows}"]
@@ -91,6 +98,15 @@ CASES = (
     Case("score_select.page_logits", key_dim=576, group=16, score="ball"),
     Case("attend", key_dim=32, value_dim=32, group=1, page_size=128, window=100, rows=4),
     Case("combine", count=3),
+    Case("state_step", decay="gate", rule="normalised"),
+    Case("state_chunk", decay="gate", rule="normalised", rows=200),
+    Case("state_chunk.backward", decay="gate", rule="normalised", rows=200),
+    Case("state_step", decay="gate", rule="delta"),
+    Case("state_chunk", decay="gate", rule="delta", rows=200),
+    Case("state_step", key_dim=256, rows=4),
+    Case("state_chunk", key_dim=256, value_dim=64, decay="constant", rows=70),
+    Case("state_chunk", key_dim=64, value_dim=96, group=5, rule="delta", rows=130),
+    Case("state_chunk.backward", key_dim=96, value_dim=40, group=3, rule="normalised", rows=70),
 )
 TINY = (
     Case("append_index", key_dim=8, value_dim=8, page_size=16, rows=3),
@@ -103,6 +119,9 @@ TINY = (
     Case("attend", key_dim=16, value_dim=8, page_size=16, group=2, shared=True, softcap=5.0),
     Case("attend.page_lse", key_dim=16, value_dim=8, page_size=16, pages="listed"),
     Case("combine", value_dim=8),
+    Case("state_step", key_dim=16, value_dim=8, group=3, decay="gate", rule="normalised", rows=2),
+    Case("state_chunk", key_dim=16, value_dim=8, group=2, decay="constant", rule="delta", rows=9),
+    Case("state_chunk.backward", key_dim=8, value_dim=8, group=2, decay="gate", rows=9),
 )
 
 

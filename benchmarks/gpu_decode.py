@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..models.memory import preset
 from ..models.memory.spec import Memory
-from ..runtime.memory_state import SiteLayout
+from ..runtime.site_layout import SiteLayout
 from .memory_step import Load, MemoryStep, one_site
 from .rules import CACHES, TURN_SECONDS, Contender, measure
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..codegen.spec import specialise
 from ..models import ops as _registered  # noqa: F401 (registers the operations used below)
 from ..models.memory.records import page_scores
+from . import gpu_state
 from .gpu_cases import Case, Laid
 from .memory_step import Load
 
@@ -37,6 +38,7 @@ def check(
         "score_select.page_logits": _score_select,
         "attend.summaries": _summaries,
         "combine": _combine,
+        **dict.fromkeys(("state_step", "state_chunk", "state_chunk.backward"), _state),
     }
     kernel, results = checks.get(case.op, _attend)(laid, device, load)
     worst = max(results, key=_badness)
@@ -358,4 +360,20 @@ def _combine(
     return kernel, [
         error_and_allowed(result, plain, exact, logarithm=name > 0)
         for name, (result, plain, exact) in enumerate(pairs)
+    ]
+
+
+def _state(
+    laid: Laid, device: torch.device, load: Load | None
+) -> tuple[str, list[tuple[float, float]]]:
+    case = laid.case
+    kernel, found = gpu_state.results(
+        case, laid.dtype, lambda op, args: run(op, args, device, load)
+    )
+    width = case.rows * max(case.key_dim, case.value_dim)
+    # An lse is the second of what forward kernels return.
+    forward = not case.op.endswith(".backward")
+    return kernel, [
+        error_and_allowed(*three, logarithm=forward and at == 1, reduction=width)
+        for at, three in enumerate(found)
     ]

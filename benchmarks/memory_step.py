@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, fx
 
 from ..codegen.spec import KernelSpec, specialise
-from ..models.memory.read import SiteTensors, emit_read, emit_write
+from ..models.memory.read import emit_read, emit_write
+from ..models.memory.site import SiteTensors, state_names
 from ..models.memory.spec import Memory
 from ..models.ops import FAMILIES
-from ..runtime.memory_state import MemoryState, SiteLayout
+from ..runtime.memory_state import MemoryState
+from ..runtime.site_layout import SiteLayout
 
 # Gives the kernel of each spec; None: the reference operations run.
 Load = Callable[[Iterable[KernelSpec]], dict[KernelSpec, Any]]
@@ -83,13 +85,13 @@ class MemoryStep:
         scale: float,
     ) -> None:
         emit = Printer(load)
-        names = [*INPUTS, "page_table", "key_pages", "value_pages", *layout.memory.fields]
+        names = [*INPUTS, *state_names(layout.memory)]
         for name, tensor in zip(names, (*sample, *state), strict=True):
             emit.give(name, tensor)
         query, key, value, position, lengths = sample
         site = SiteTensors.take(layout.memory, state)
         emit_write(emit, layout.memory, site, key, value, position, lengths)
-        out = emit_read(
+        out, _ = emit_read(
             emit,
             layout.memory,
             site,
@@ -203,20 +205,29 @@ def fill(state: MemoryState, tokens: Sequence[int], seed: int = 0) -> None:
     patterns: dict[tuple[Any, ...], list[Tensor]] = {}
     tensors = iter(state.tensors())
     for layout in state.layouts:
-        next(tensors)  # the page table
-        pools = [next(tensors) for _ in range(2 + len(layout.memory.fields))]
-        size, fields = layout.memory.page_size, layout.memory.fields
-        count = min(PATTERN_PAGES, len(pools[0]))
-        shape = (count, size, layout.key_dim, layout.value_dim, layout.dtype, fields)
-        if shape not in patterns:
-            keys, values = (
-                torch.randn(count, size, dim, generator=make, device=device).to(layout.dtype)
-                for dim in (layout.key_dim, layout.value_dim)
-            )
-            records = page_records(keys, values, list(fields)) if fields else []
-            patterns[shape] = [keys, values, *records]
-        for start in range(0, len(pools[0]), count):
-            order = torch.randperm(count, generator=make, device=device)
-            for pool, pattern in zip(pools, patterns[shape], strict=True):
-                part = pool[start : start + count]
-                part.copy_(pattern[order[: len(part)]])
+        memory, exact = layout.memory, 2
+        for store in layout.stores():
+            next(tensors)  # the page table
+            pools = [next(tensors) for _ in store.pools]
+            size, fields = store.key.page_size, memory.fields
+            # A level's records are those of keys of its own, of so many tokens each.
+            drawn = min(size, 512)
+            count = min(PATTERN_PAGES * memory.page_size // drawn, len(pools[0]))
+            shape = (count, drawn, layout.key_dim, layout.value_dim, layout.dtype, fields)
+            if shape not in patterns:
+                keys, values = (
+                    torch.randn(count, drawn, dim, generator=make, device=device).to(layout.dtype)
+                    for dim in (layout.key_dim, layout.value_dim)
+                )
+                records = page_records(keys, values, list(fields)) if fields else []
+                patterns[shape] = [keys, values, *records]
+            chosen = patterns[shape][:exact] if exact and memory.levels else patterns[shape]
+            chosen = chosen if exact else patterns[shape][2:]
+            for start in range(0, len(pools[0]), count):
+                order = torch.randperm(count, generator=make, device=device)
+                for pool, pattern in zip(pools, chosen, strict=True):
+                    part = pool[start : start + count]
+                    part.copy_(pattern[order[: len(part)]])
+            exact = 0
+        for _ in range(bool(memory.account) + len(layout.rows())):
+            next(tensors)

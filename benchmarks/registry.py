@@ -88,8 +88,20 @@ def _attention_step(settings: Settings) -> Outcome:
     return run(settings)
 
 
+def _memories(settings: Settings) -> Outcome:
+    from .memories import run
+
+    return run(settings)
+
+
 def _linear(settings: Settings) -> Outcome:
     from .linear import run
+
+    return run(settings)
+
+
+def _state(settings: Settings) -> Outcome:
+    from .state import run
 
     return run(settings)
 
@@ -110,6 +122,8 @@ BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
         Benchmark("attention-step", "one decode step of attention, by context", _attention_step),
+        Benchmark("memories", "one decode step under every memory, and its room", _memories),
+        Benchmark("state", "a fixed-size state: steps, a layer by context, prefill", _state),
         Benchmark("linear", "one token through 16-bit linear layers", _linear),
         Benchmark("decode", "one token through a 32-layer Llama, by context", _decode),
         Benchmark("compile-time", "module to running engine, 32 layers", _compile_time),

@@ -59,7 +59,8 @@ def fake(spec: KernelSpec) -> Callable[..., Any]:
     def score_select(*args: Any) -> Tensor | tuple[Tensor, Tensor]:
         given = dict(zip(names, args, strict=True))
         query, heads = given["query"], given["page_table"].shape[1]
-        shape = (query.shape[0], heads, query.shape[2], given["capacity"])
+        capacity = given["budget_pages" if spec.among else "capacity"]
+        shape = (query.shape[0], heads, query.shape[2], capacity)
         selected: Tensor = query.new_empty(shape, dtype=torch.int32)
         if not spec.page_logits:
             return selected
@@ -72,11 +73,23 @@ def fake(spec: KernelSpec) -> Callable[..., Any]:
     def combine(*args: Any) -> tuple[Tensor, Tensor]:
         return args[0].new_empty(args[0].shape), args[1].new_empty(args[1].shape)
 
+    def state(*args: Any) -> tuple[Tensor, ...]:
+        given = dict(zip(names, args, strict=True))
+        query = given["query"]
+        if not spec.backward:
+            out = query.new_empty((*query.shape[:3], spec.value_dim), dtype=torch.float32)
+            return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+        inputs = [given.get(name.removeprefix("grad_")) for name in spec.returns]
+        shapes = [(0,) if x is None else x.shape for x in inputs]
+        return tuple(query.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
     return {
         "attend": attend,
         "score_select": score_select,
         "append_index": append_index,
         "combine": combine,
+        "state_step": state,
+        "state_chunk": state,
     }[spec.op]
 
 

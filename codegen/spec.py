@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from ..models.memory.parts import INDEX_FIELDS, SCORE_FIELDS, known
+from ..models.memory.names import known
+from ..models.memory.parts import INDEX_FIELDS, SCORE_FIELDS
 
 DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 PAGES = ("all", "listed", "unlisted")
-OPS = ("append_index", "score_select", "attend", "combine")
+OPS = ("append_index", "score_select", "attend", "combine", "state_step", "state_chunk")
+STATE_OPS = ("state_step", "state_chunk")
+DECAYS = ("", "constant", "gate")
 
 # A score is a sum over terms: a function of the query, dotted with a field of the page's record.
 #   same q · positive max(q, 0) · negative min(q, 0) · magnitude |q| · norm ‖q‖, a scalar
@@ -27,6 +30,9 @@ SCORE_TERMS: dict[str, tuple[tuple[str, str], ...]] = {
 
 # The widest head that kernels are generated for: latent attention's 512 + 64.
 LARGEST_DIM = 576
+# The largest group of query heads that gradients of a state are generated for: a chunk's rows of
+# all of them are held at once.
+LARGEST_TRAINED_GROUP = 16
 
 
 class NotCovered(ValueError):
@@ -55,8 +61,16 @@ class KernelSpec:
         page_logits: score_select also returns the product of each query with each page's mean key,
             which is what `summaries` need of the mean.
         fields: append_index writes these, in this order.
+        record_table: append_index writes records to rows of a table of their own.
+        fold: append_index writes records of groups, from their children's; no token.
         score: the score of score_select, a key of SCORE_TERMS.
+        among: score_select chooses from each row's list of candidates.
         count: reads that combine merges.
+        decay: the log-decay of a state: none (""), a "constant" of each KV head, or a "gate" of
+            each row.
+        delta: a state is written by the delta rule.
+        normalised: a state has a normaliser, and reads are divided by it.
+        backward: state_chunk returns gradients.
     """
 
     op: str
@@ -76,12 +90,20 @@ class KernelSpec:
     page_logits: bool = False
     fields: tuple[str, ...] = ()
     score: str = ""
+    record_table: bool = False
+    fold: bool = False
+    among: bool = False
     count: int = 0
+    decay: str = ""
+    delta: bool = False
+    normalised: bool = False
+    backward: bool = False
 
     def __post_init__(self) -> None:
         known("operation", self.op, OPS)
         known("dtype of a kernel", self.dtype, DTYPES)
         known("pages", self.pages, PAGES)
+        known("decay of a state", self.decay, DECAYS)
         for field in self.fields:
             known("index field", field, INDEX_FIELDS)
         if self.op == "score_select":
@@ -92,13 +114,25 @@ class KernelSpec:
                 raise NotCovered(
                     f"{self.op}: {name} {dim}; kernels cover multiples of 8 up to {LARGEST_DIM}"
                 )
-        if self.page_size & (self.page_size - 1) or not 1 <= self.page_size <= 1024:
+        most = 1 << 20 if self.among else 1024
+        if self.page_size & (self.page_size - 1) or not 1 <= self.page_size <= most:
             raise NotCovered(
-                f"{self.op}: pages of {self.page_size} slots; kernels cover powers of two to 1024"
+                f"{self.op}: pages of {self.page_size} slots; kernels cover powers of two to {most}"
             )
+        if self.fold and "mean" not in self.fields and {"std", "radius"} & {*self.fields}:
+            raise NotCovered(f"{self.op}: {', '.join(self.fields)} are not folded without the mean")
         if self.shared_kv and self.value_dim > self.key_dim:
             raise NotCovered(
                 f"{self.op}: values of {self.value_dim} cannot be part of keys of {self.key_dim}"
+            )
+        if self.delta and self.normalised:
+            raise NotCovered(f"{self.op}: a delta-rule state has no normaliser; give norm None")
+        if self.delta and self.backward:
+            raise NotCovered(f"{self.op}: gradients of the delta rule are the reference's")
+        if self.backward and self.group > LARGEST_TRAINED_GROUP:
+            raise NotCovered(
+                f"{self.op}: gradients of {self.group} query heads a KV head; "
+                f"kernels cover up to {LARGEST_TRAINED_GROUP}"
             )
 
     @cached_property
@@ -111,20 +145,30 @@ class KernelSpec:
             parts.append(f"v{self.value_dim}")
         if self.shared_kv:
             parts.append("shared")
-        if self.op in ("attend", "score_select"):
+        if self.op in ("attend", "score_select", *STATE_OPS):
             parts.append(f"g{self.group}")
-        if self.op != "combine":
+        if self.op not in ("combine", *STATE_OPS) and not self.fold:
             parts.append(f"p{self.page_size}")
         if self.op == "attend":
             parts += [f"span{self.span}"] if self.span != 1 else []
             parts += [self.pages] if self.pages != "all" else []
             flags = ("bias", "softcap", "window", "page_lse", "summaries")
             parts += [flag for flag in flags if getattr(self, flag)]
+        parts += [flag for flag in ("record_table", "fold", "among") if getattr(self, flag)]
+        if self.op in STATE_OPS:
+            parts += [self.decay] if self.decay else []
+            parts += [flag for flag in ("delta", "normalised", "backward") if getattr(self, flag)]
         parts += [self.score.replace("-", "_")] if self.score else []
         parts += ["page_logits"] if self.page_logits else []
         parts += self.fields
         parts += [f"x{self.count}"] if self.op == "combine" else []
         return "_".join(parts)
+
+    @property
+    def template(self) -> str:
+        """The name, on every target, of the template that prints the kernel."""
+        flags = ("fold", "among", "backward")
+        return "_".join([self.op, *(flag for flag in flags if getattr(self, flag))])
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -140,18 +184,26 @@ class KernelSpec:
     @property
     def arguments(self) -> tuple[tuple[str, str], ...]:
         """(type, name) of the operator's arguments, in order; types as in a torch schema."""
+        if self.fold:
+            children = (f"children_{field}" for field in self.fields)
+            read = (*children, "child_table", "page_table", "position", "lengths")
+            index = (f"index_{field}" for field in self.fields)
+            return (*_tensors(read), *_written(index), ("int", "child_size"), ("int", "ratio"))
         if self.op == "append_index":
             value = () if self.shared_kv else ("value",)
             pools = () if self.shared_kv else ("value_pages",)
             written = ("key_pages", *pools, *(f"index_{field}" for field in self.fields))
-            marks = (f"Tensor({chr(ord('a') + i)}!)" for i in range(len(written)))
-            read = ("key", *value, "page_table", "position", "lengths")
-            return (*(("Tensor", name) for name in read), *zip(marks, written, strict=True))
+            table = ("page_table", "record_table") if self.record_table else ("page_table",)
+            read = ("key", *value, *table, "position", "lengths")
+            return (*_tensors(read), *_written(written))
         if self.op == "score_select":
             records = (f"index_{field}" for field in self.score_fields)
-            tensors = ("query", *records, "page_table", "position", "lengths")
-            whole = ("sink_pages", "window_pages", "capacity", "budget_pages", "dense_below")
-            return (*(("Tensor", name) for name in tensors), *(("int", name) for name in whole))
+            table = ("page_table", "candidates") if self.among else ("page_table",)
+            whole = ["sink_pages", "window_pages", "budget_pages"]
+            if not self.among:
+                whole[2:] = ["capacity", "budget_pages", "dense_below"]
+            tensors = ("query", *records, *table, "position", "lengths")
+            return (*_tensors(tensors), *(("int", name) for name in whole))
         if self.op == "attend":
             tensors = (
                 *("query", "key_pages"),
@@ -163,11 +215,22 @@ class KernelSpec:
                 *("position", "lengths"),
             )
             return (
-                *(("Tensor", name) for name in tensors),
+                *_tensors(tensors),
                 ("float", "scale"),
                 *((("float", "softcap"),) if self.softcap else ()),
                 *((("int", "window"),) if self.window else ()),
             )
+        if self.op in STATE_OPS:
+            tensors = (
+                *("query", "key", "value"),
+                *(("decay",) if self.decay else ()),
+                *(("beta",) if self.delta else ()),
+                "lengths",
+                *(("grad_num",) if self.backward else ()),
+                *(("grad_den",) if self.backward and self.normalised else ()),
+            )
+            held = () if self.backward else (("Tensor(a!)", "state"), ("Tensor(b!)", "norm"))
+            return (*(("Tensor", name) for name in tensors), *held[: 1 + self.normalised])
         names = [f"{kind}{i}" for i in range(self.count) for kind in ("out", "lse")]
         return tuple(("Tensor", name) for name in names)
 
@@ -178,6 +241,8 @@ class KernelSpec:
             return ()
         if self.op == "score_select":
             return ("pages", "page_logits") if self.page_logits else ("pages",)
+        if self.backward:
+            return tuple(f"grad_{name}" for name in ("query", "key", "value", "decay", "beta"))
         return ("out", "lse", "page_lse") if self.page_lse else ("out", "lse")
 
     @property
@@ -212,6 +277,14 @@ class KernelSpec:
         return cls(**values)
 
 
+def _tensors(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    return tuple(("Tensor", name) for name in names)
+
+
+def _written(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    return tuple((f"Tensor({chr(ord('a') + i)}!)", name) for i, name in enumerate(names))
+
+
 def bind(op: str, args: Sequence[Any]) -> dict[str, Any]:
     """Names for the arguments of one call of a memory operation, index fields one by one.
 
@@ -225,8 +298,9 @@ def bind(op: str, args: Sequence[Any]) -> dict[str, Any]:
         pairs = {f"out{i}": out for i, out in enumerate(outs)}
         return pairs | {f"lse{i}": lse for i, lse in enumerate(lses)}
     given = dict(zip(_SIGNATURES[op].split(), args, strict=True))
-    for field, record in zip(given.get("fields", ()), given.pop("index", ()), strict=True):
-        given[f"index_{field}"] = record
+    for pools in [name for name in ("children", "index") if name in given]:
+        for field, pool in zip(given["fields"], given.pop(pools), strict=True):
+            given[f"{pools}_{field}"] = pool
     return given
 
 
@@ -238,10 +312,21 @@ _SELECT = (
     "query index fields page_table position lengths score page_size sink_pages window_pages "
     "capacity budget_pages dense_below"
 )
+_STATE = "query key value decay beta lengths state norm"
 _SIGNATURES = {
     "append_index": "key value page_table position lengths key_pages value_pages index fields",
+    "append_index.record_table": (
+        "key value page_table record_table position lengths key_pages value_pages index fields"
+    ),
+    "append_index.fold": (
+        "children child_table page_table position lengths index fields child_size ratio"
+    ),
     "score_select": _SELECT,
     "score_select.page_logits": _SELECT,
+    "score_select.among": (
+        "query index fields page_table candidates position lengths score page_size sink_pages "
+        "window_pages budget_pages"
+    ),
     "attend": _ATTEND,
     "attend.page_lse": _ATTEND,
     "attend.summaries": (
@@ -249,6 +334,9 @@ _SIGNATURES = {
         "position lengths scale softcap"
     ),
     "combine": "outs lses",
+    "state_step": _STATE,
+    "state_chunk": _STATE,
+    "state_chunk.backward": "query key value decay beta lengths grad_num grad_den",
 }
 
 
@@ -263,9 +351,13 @@ def specialise(op: str, args: Sequence[Any]) -> tuple[KernelSpec, tuple[Any, ...
         NotCovered: no template covers the call.
     """
     given = bind(op, args)
-    if op == "append_index":
+    if op == "append_index.fold":
+        spec = _fold(given)
+    elif op.startswith("append_index"):
         keys, values = given["key_pages"], given["value_pages"]
-        spec = KernelSpec(op, **_cache(keys, values), fields=tuple(given["fields"]))
+        fields = tuple(given["fields"])
+        apart = op == "append_index.record_table" and bool(fields)
+        spec = KernelSpec("append_index", **_cache(keys, values), fields=fields, record_table=apart)
         records = [given[f"index_{field}"] for field in spec.fields if field != "log_count"]
         _same_dtype(spec, keys, given["key"], given["value"], *records)
     elif op.startswith("score_select"):
@@ -278,6 +370,7 @@ def specialise(op: str, args: Sequence[Any]) -> tuple[KernelSpec, tuple[Any, ...
             page_size=int(given["page_size"]),
             score=given["score"],
             page_logits=op == "score_select.page_logits",
+            among=op == "score_select.among",
         )
         _same_dtype(spec, query, *(given[f"index_{field}"] for field in spec.score_fields))
     elif op == "combine":
@@ -286,6 +379,8 @@ def specialise(op: str, args: Sequence[Any]) -> tuple[KernelSpec, tuple[Any, ...
         spec = KernelSpec(op, dtype=_dtype(out), value_dim=int(out.shape[3]), count=count)
         if spec.dtype != "float32":
             raise NotCovered(f"combine: reads of {spec.dtype}; kernels merge float32")
+    elif op.partition(".")[0] in STATE_OPS:
+        spec = _state(op, given)
     elif op == "attend.summaries":
         query, keys, values = (given[name] for name in ("query", "key_pages", "value_pages"))
         spec = KernelSpec(
@@ -318,6 +413,45 @@ def specialise(op: str, args: Sequence[Any]) -> tuple[KernelSpec, tuple[Any, ...
         if spec.bias and given["bias"].dtype != torch.float32:
             raise NotCovered(f"attend: bias of {given['bias'].dtype}; kernels read float32")
     return spec, tuple(given[name] for _, name in spec.arguments)
+
+
+def _fold(given: dict[str, Any]) -> KernelSpec:
+    fields = tuple(given["fields"])
+    pools = [given[f"{of}_{f}"] for of in ("children", "index") for f in fields if f != "log_count"]
+    width = {field: int(given[f"children_{field}"].shape[1]) for field in fields}
+    spec = KernelSpec(
+        "append_index",
+        dtype=_dtype(pools[0]) if pools else "float32",
+        key_dim=next((width[f] for f in ("mean", "min", "max") if f in width), 0),
+        value_dim=width.get("value_mean", 0),
+        fields=fields,
+        fold=True,
+    )
+    _same_dtype(spec, *pools)
+    return spec
+
+
+def _state(op: str, given: dict[str, Any]) -> KernelSpec:
+    query, key, value, decay = (given[name] for name in ("query", "key", "value", "decay"))
+    backward = op.endswith(".backward")
+    each = "" if decay is None else "gate"
+    spec = KernelSpec(
+        op.partition(".")[0],
+        dtype=_dtype(query),
+        key_dim=int(query.shape[3]),
+        value_dim=int(value.shape[3]),
+        group=_group(query, key),
+        decay="constant" if each and decay.dim() == 1 else each,
+        delta=given["beta"] is not None,
+        normalised=given["grad_den" if backward else "norm"] is not None,
+        backward=backward,
+    )
+    _same_dtype(spec, query, key, value)
+    for name in ("decay", "beta", "state", "norm", "grad_num", "grad_den"):
+        tensor = given.get(name)
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise NotCovered(f"{spec.op}: {name} of {tensor.dtype}; kernels read float32")
+    return spec
 
 
 def _cache(keys: torch.Tensor, values: torch.Tensor) -> dict[str, Any]:

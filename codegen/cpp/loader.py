@@ -26,7 +26,8 @@ _loaded: dict[KernelSpec, torch._ops.OpOverload] = {}
 def source(spec: KernelSpec) -> str:
     """The kernel's text."""
     terms = SCORE_TERMS.get(spec.score, ())
-    return render(build.HERE / f"{spec.op}.cpp.jinja", spec=spec, type=_type(spec), terms=terms)
+    template = build.HERE / f"{spec.template}.cpp.jinja"
+    return render(template, spec=spec, type=_type(spec), terms=terms)
 
 
 def path(spec: KernelSpec) -> Path:

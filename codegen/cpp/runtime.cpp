@@ -10,6 +10,7 @@
 #include <ATen/core/stack.h>
 #include <ATen/ops/empty.h>
 
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -86,13 +87,16 @@ class Operator final : public c10::OperatorKernel {
     if (!kernel_) kernel_ = choose(*variants_);
     switch (spec_.op) {
       case Op::append_index:
-        return append_index(*stack);
+        return spec_.fold ? fold(*stack) : append_index(*stack);
       case Op::score_select:
         return score_select(*stack);
       case Op::attend:
         return attend(*stack);
       case Op::combine:
         return combine(*stack);
+      case Op::state_step:
+      case Op::state_chunk:
+        return spec_.backward ? state_backward(*stack) : state(*stack);
     }
   }
 
@@ -139,7 +143,12 @@ class Operator final : public c10::OperatorKernel {
 
   // Copies only where the last axis has gaps; `held` keeps the copy alive.
   Rows rows(const at::Tensor& t, const char* name, at::IntArrayRef sizes, at::Tensor& held) const {
-    check(t, name, scalar_type(spec_.type), sizes);
+    return rows(t, name, scalar_type(spec_.type), sizes, held);
+  }
+
+  Rows rows(const at::Tensor& t, const char* name, at::ScalarType type, at::IntArrayRef sizes,
+            at::Tensor& held) const {
+    check(t, name, type, sizes);
     const bool ready = t.stride(3) == 1 || t.size(3) == 1;
     if (!ready) held = t.contiguous();
     const at::Tensor& use = ready ? t : held;
@@ -324,7 +333,7 @@ class Operator final : public c10::OperatorKernel {
   }
 
   void score_select(torch::jit::Stack& stack) const {
-    const size_t count = 9 + static_cast<size_t>(spec_.fields);
+    const size_t count = (spec_.among ? 8 : 9) + static_cast<size_t>(spec_.fields);
     Arguments given = arguments(stack, count);
     const at::Tensor& query = given.tensor();
     TORCH_CHECK_VALUE(query.dim() == 4 && query.size(1) % spec_.group == 0, spec_.name,
@@ -345,32 +354,23 @@ class Operator final : public c10::OperatorKernel {
     }
     args.index = index.data();
     const at::Tensor& table = given.tensor();
+    if (spec_.among) {
+      args.candidates =
+          page_ids(given.tensor(), "candidates", {batch, kv_heads, rows, -1}, held.c);
+    }
     const at::Tensor& position = given.tensor();
     const at::Tensor& lengths = given.tensor();
     args.memory = memory(table, position, lengths, batch, kv_heads, rows, pool_pages, held.b);
     args.sink_pages = given.whole();
     args.window_pages = given.whole();
-    args.capacity = given.whole();
+    if (!spec_.among) args.capacity = given.whole();
     args.budget_pages = given.whole();
-    args.dense_below = given.whole();
-    // As the reference: every row's list must fit, before anything is written.
-    int64_t most = 0;
-    for (int64_t b = 0; b < batch; ++b) {
-      const int64_t live = std::min<int64_t>(args.memory.lengths[b], rows);
-      const int64_t table_pages = args.memory.page_table.count;
-      for (const int64_t token : {std::min<int64_t>(args.memory.position[b] + live - 1,
-                                                    args.dense_below - 1),
-                                  args.memory.position[b] + live - 1}) {
-        const int64_t open = token / spec_.page_size;
-        const bool all = open < args.budget_pages || token < args.dense_below;
-        if (live > 0 && token >= args.memory.position[b] && table_pages) {
-          most = std::max(most, all ? open + 1 : args.budget_pages);
-        }
-      }
+    if (spec_.among) {
+      args.capacity = args.budget_pages;
+    } else {
+      args.dense_below = given.whole();
+      check_capacity(args);
     }
-    TORCH_CHECK_VALUE(most <= args.capacity, spec_.name, ": ", most,
-                      " pages are to be selected into a list of ", args.capacity,
-                      "; capacity must hold budget_pages and the pages of dense_below tokens");
     at::Tensor pages =
         at::empty({batch, kv_heads, rows, args.capacity}, at::TensorOptions().dtype(at::kInt));
     args.pages = pages.mutable_data_ptr<int32_t>();
@@ -386,9 +386,29 @@ class Operator final : public c10::OperatorKernel {
     if (spec_.page_logits) torch::jit::push(stack, std::move(logits));
   }
 
+  // As the reference: every row's list must fit, before anything is written.
+  void check_capacity(const ScoreSelectArgs& args) const {
+    const Memory& m = args.memory;
+    int64_t most = 0;
+    for (int64_t b = 0; b < m.batch; ++b) {
+      const int64_t live = std::min<int64_t>(m.lengths[b], m.rows);
+      for (const int64_t token : {std::min<int64_t>(m.position[b] + live - 1, args.dense_below - 1),
+                                  m.position[b] + live - 1}) {
+        const int64_t open = token / spec_.page_size;
+        const bool all = open < args.budget_pages || token < args.dense_below;
+        if (live > 0 && token >= m.position[b] && m.page_table.count) {
+          most = std::max(most, all ? open + 1 : args.budget_pages);
+        }
+      }
+    }
+    TORCH_CHECK_VALUE(most <= args.capacity, spec_.name, ": ", most,
+                      " pages are to be selected into a list of ", args.capacity,
+                      "; capacity must hold budget_pages and the pages of dense_below tokens");
+  }
+
   void append_index(torch::jit::Stack& stack) const {
     const size_t pools = spec_.shared_kv ? 1 : 2;
-    const size_t count = 3 + 2 * pools + static_cast<size_t>(spec_.fields);
+    const size_t count = 3 + 2 * pools + spec_.record_table + static_cast<size_t>(spec_.fields);
     Arguments given = arguments(stack, count);
     const at::ScalarType type = scalar_type(spec_.type);
     const at::Tensor& key = given.tensor();
@@ -403,6 +423,10 @@ class Operator final : public c10::OperatorKernel {
           this->rows(given.tensor(), "value", {batch, kv_heads, rows, spec_.value_dim}, held.c);
     }
     const at::Tensor& table = given.tensor();
+    if (spec_.record_table) {
+      args.record_table =
+          page_ids(given.tensor(), "record_table", {batch, kv_heads, -1}, held.d);
+    }
     const at::Tensor& position = given.tensor();
     const at::Tensor& lengths = given.tensor();
     const at::Tensor& key_pages = given.tensor();
@@ -416,16 +440,167 @@ class Operator final : public c10::OperatorKernel {
                               {pool_pages, spec_.page_size, spec_.value_dim});
     }
     std::vector<void*> index(spec_.fields);
-    for (int64_t i = 0; i < spec_.fields; ++i) {
-      const Field& field = spec_.field[i];
-      index[i] =
-          pool(given.tensor(), field.name, scalar_type(field.type), {pool_pages, field.width});
-    }
+    const int64_t index_rows = fields(given, spec_.record_table ? -1 : pool_pages, index);
     args.index = index.data();
     args.memory = memory(table, position, lengths, batch, kv_heads, rows, pool_pages, held.b);
     check_reserved(args.memory);
+    if (spec_.record_table) {
+      check_rows(args.memory, args.record_table, spec_.page_size, 1, index_rows, "record_table");
+    }
     if (key.numel()) run_with_scratch(args);
     torch::jit::drop(stack, count);
+  }
+
+  // Pools [rows, width] of all fields; rows of -1 are as many as the first has.
+  int64_t fields(Arguments& given, int64_t rows, std::vector<void*>& pools) const {
+    for (int64_t i = 0; i < spec_.fields; ++i) {
+      const Field& field = spec_.field[i];
+      const at::Tensor& t = given.tensor();
+      pools[i] = pool(t, field.name, scalar_type(field.type), {rows, field.width});
+      rows = t.size(0);
+    }
+    return rows;
+  }
+
+  void fold(torch::jit::Stack& stack) const {
+    const size_t count = 6 + 2 * static_cast<size_t>(spec_.fields);
+    Arguments given = arguments(stack, count);
+    std::vector<void*> children(spec_.fields), index(spec_.fields);
+    FoldArgs args{};
+    args.child_rows = fields(given, -1, children);
+    args.children = children.data();
+    const at::Tensor& child_table = given.tensor();
+    const at::Tensor& table = given.tensor();
+    const at::Tensor& position = given.tensor();
+    const at::Tensor& lengths = given.tensor();
+    const int64_t index_rows = fields(given, -1, index);
+    args.index = index.data();
+    args.child_size = given.whole();
+    args.ratio = given.whole();
+    TORCH_CHECK_VALUE(args.child_size > 0 && args.ratio > 0, spec_.name, ": groups of ", args.ratio,
+                      " children of ", args.child_size, " tokens; both must be at least 1");
+    TORCH_CHECK_VALUE(table.dim() == 3, spec_.name, ": page_table must be [B, Hkv, columns], got ",
+                      table.sizes());
+    const int64_t batch = table.size(0), kv_heads = table.size(1);
+    Held held;
+    args.memory = memory(table, position, lengths, batch, kv_heads, 0, index_rows, held.a);
+    args.child_table = page_ids(child_table, "child_table", {batch, kv_heads, -1}, held.b);
+    const int64_t size = args.child_size * args.ratio;
+    check_rows(args.memory, args.memory.page_table, size, 1, index_rows, "page_table");
+    check_rows(args.memory, args.child_table, size, args.ratio, args.child_rows, "child_table");
+    run(&args, args.memory.threads);
+    torch::jit::drop(stack, count);
+  }
+
+  // Whatever `size` tokens the call completes has its `each` rows in a table, checked before
+  // anything is written.
+  void check_rows(const Memory& m, const PageIds& table, int64_t size, int64_t each, int64_t rows,
+                  const char* name) const {
+    for (int64_t b = 0; b < m.batch; ++b) {
+      const int64_t first = m.position[b] / size * each;
+      const int64_t stop = (m.position[b] + std::max(0, m.lengths[b])) / size * each;
+      for (int64_t h = 0; h < (first < stop ? m.kv_heads : 0); ++h) {
+        const int32_t* row = table.data + b * table.batch_stride + h * table.head_stride;
+        for (int64_t g = first; g < stop; ++g) {
+          TORCH_CHECK_INDEX(g < table.count && row[g] >= 0 && row[g] < rows, spec_.name, ": column ",
+                            g, " of sequence ", b, ", KV head ", h, " names no row of ", rows, " in ",
+                            name, ", of ", table.count, " columns; reserve the tokens first");
+        }
+      }
+    }
+  }
+
+  // Floats in any layout; `held` keeps a copy alive.
+  const float* floats(const at::Tensor& t, const char* name, at::IntArrayRef sizes,
+                      at::Tensor& held) const {
+    check(t, name, at::kFloat, sizes);
+    held = t.contiguous();
+    return held.const_data_ptr<float>();
+  }
+
+  // Query, key, value, decay, beta and lengths; returns [B, H, n].
+  std::array<int64_t, 3> state_inputs(Arguments& given, StateArgs& args,
+                                      std::array<at::Tensor, 7>& held) const {
+    const at::Tensor& query = given.tensor();
+    TORCH_CHECK_VALUE(query.dim() == 4 && query.size(1) % spec_.group == 0, spec_.name,
+                      ": query must be [B, H, n, ", spec_.key_dim, "] with groups of ",
+                      spec_.group, " heads, got ", query.sizes());
+    Memory& m = args.memory;
+    m.batch = query.size(0);
+    m.kv_heads = query.size(1) / spec_.group;
+    m.rows = query.size(2);
+    m.threads = at::get_num_threads();
+    const int64_t heads = query.size(1);
+    args.query = rows(query, "query", {m.batch, heads, m.rows, spec_.key_dim}, held[0]);
+    args.key = rows(given.tensor(), "key", {m.batch, m.kv_heads, m.rows, spec_.key_dim}, held[1]);
+    args.value =
+        rows(given.tensor(), "value", {m.batch, m.kv_heads, m.rows, spec_.value_dim}, held[2]);
+    if (spec_.gate) {
+      args.decay = floats(given.tensor(), "decay", {m.batch, m.kv_heads, m.rows}, held[3]);
+    } else if (spec_.decay) {
+      args.decay = floats(given.tensor(), "decay", {m.kv_heads}, held[3]);
+    }
+    if (spec_.delta) {
+      args.beta = floats(given.tensor(), "beta", {m.batch, m.kv_heads, m.rows}, held[4]);
+    }
+    m.lengths = counters(given.tensor(), "lengths", m.batch);
+    return {m.batch, heads, m.rows};
+  }
+
+  void state(torch::jit::Stack& stack) const {
+    const size_t count = 5 + spec_.decay + spec_.delta + spec_.normalised;
+    Arguments given = arguments(stack, count);
+    std::array<at::Tensor, 7> held;
+    StateArgs args{};
+    const auto [batch, heads, rows] = state_inputs(given, args, held);
+    const int64_t kv_heads = args.memory.kv_heads;
+    const auto kept = [&](const char* name, at::IntArrayRef sizes) {
+      const at::Tensor& t = given.tensor();
+      check(t, name, at::kFloat, sizes);
+      TORCH_CHECK_VALUE(t.is_contiguous(), spec_.name, ": ", name, " has strides ", t.strides(),
+                        "; it is written in place and must be contiguous");
+      return t.mutable_data_ptr<float>();
+    };
+    args.state = kept("state", {batch, kv_heads, spec_.key_dim, spec_.value_dim});
+    if (spec_.normalised) args.norm = kept("norm", {batch, kv_heads, spec_.key_dim});
+    const auto options = at::TensorOptions().dtype(at::kFloat);
+    at::Tensor out = at::empty({batch, heads, rows, spec_.value_dim}, options);
+    at::Tensor lse = at::empty({batch, heads, rows}, options);
+    args.out = out.mutable_data_ptr<float>();
+    args.lse = lse.mutable_data_ptr<float>();
+    if (lse.numel()) run_with_scratch(args);
+    torch::jit::drop(stack, count);
+    torch::jit::push(stack, std::move(out), std::move(lse));
+  }
+
+  void state_backward(torch::jit::Stack& stack) const {
+    const size_t count = 5 + spec_.decay + spec_.normalised;
+    Arguments given = arguments(stack, count);
+    std::array<at::Tensor, 7> held;
+    StateArgs args{};
+    const auto [batch, heads, rows] = state_inputs(given, args, held);
+    const int64_t kv_heads = args.memory.kv_heads;
+    args.grad_num = this->rows(given.tensor(), "grad_num", at::kFloat,
+                               {batch, heads, rows, spec_.value_dim}, held[5]);
+    if (spec_.normalised) {
+      args.grad_den = floats(given.tensor(), "grad_den", {batch, heads, rows}, held[6]);
+    }
+    const auto options = at::TensorOptions().dtype(at::kFloat);
+    const auto made = [&](at::IntArrayRef sizes, float*& data) {
+      at::Tensor t = at::empty(sizes, options);
+      data = t.mutable_data_ptr<float>();
+      return t;
+    };
+    at::Tensor query = made({batch, heads, rows, spec_.key_dim}, args.grad_query);
+    at::Tensor key = made({batch, kv_heads, rows, spec_.key_dim}, args.grad_key);
+    at::Tensor value = made({batch, kv_heads, rows, spec_.value_dim}, args.grad_value);
+    at::Tensor decay = spec_.gate    ? made({batch, kv_heads, rows}, args.grad_decay)
+                       : spec_.decay ? made({kv_heads}, args.grad_decay)
+                                     : at::empty({0}, options);
+    run_with_scratch(args);
+    torch::jit::drop(stack, count);
+    torch::jit::push(stack, std::move(query), std::move(key), std::move(value), std::move(decay),
+                     at::empty({0}, options));
   }
 
   // Every token to write has a page, checked before anything is written.

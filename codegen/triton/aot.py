@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..spec import KernelSpec
+from ..spec import STATE_OPS, KernelSpec
 from .blocks import Launch, architecture, launches
 from .load import module
 
 _TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # What pointers lead to, where it is not the spec's dtype.
-_INTEGERS = ("p_table", "p_list", "p_position", "p_lengths", "p_selected", "p_ranks")
+_INTEGERS = (
+    *("p_table", "p_list", "p_position", "p_lengths", "p_selected", "p_ranks"),
+    *("p_record_table", "p_child_table", "p_candidates"),
+)
 _FLOATS = (
     *("p_out", "p_outs", "p_lse", "p_lses", "p_page_lse"),
     *("p_bias", "p_log_count", "p_page_bias", "p_page_logits", "p_logits"),
@@ -122,7 +125,8 @@ def _type(spec: KernelSpec, name: str) -> str:
         return "i32"
     if name in _INTEGERS:
         return "*i32"
-    if name in _FLOATS or spec.op == "combine":
+    of_state = spec.op in STATE_OPS and name not in ("p_query", "p_key", "p_value")
+    if name in _FLOATS or spec.op == "combine" or of_state:
         return "*fp32"
     return f"*{_TRITON_TYPES[spec.dtype]}"
 

@@ -96,8 +96,16 @@ RECORDS = 64  # pages read by their records at a time, at most: the bits of an i
 SCORED = 64
 SCORED_FLOAT32 = 16
 CLASSES = {256: 4, 1024: 4, 4096: 8, 8192: 16}
+CANDIDATES = 4096  # of a row, at most
 RANKED = 4096  # of a wider table, ranks looked at together
 HEADS = 64  # query heads scored at a time
+
+FOLDING = 16  # programs of a KV head that share the groups to fold; mostly there are none
+
+# state_chunk: rows a chunk, which are also the extents of its blocks. float32 as above.
+CHUNK = 64
+CHUNK_FLOAT32 = 32
+STEP_TILE = 4096  # elements of a state that a program of state_step holds, where 8 columns allow it
 
 
 @dataclass(frozen=True)
@@ -174,8 +182,19 @@ def table(spec: KernelSpec, target: str) -> dict[str, Launch]:
     arch = architecture(target)
     if spec.op == "attend":
         return _attend(spec, target, arch)
-    families = {"score_select": _score_select, "append_index": _append_index, "combine": _combine}
+    families = {
+        "score_select": _score_select,
+        "append_index": _append_index,
+        "combine": _combine,
+        "state_step": _state_step,
+        "state_chunk": _state_chunk,
+    }
     return families[spec.op](spec)
+
+
+def chunk(spec: KernelSpec) -> int:
+    """Rows of a chunk of state_chunk."""
+    return CHUNK_FLOAT32 if spec.dtype == "float32" else CHUNK
 
 
 def tuned(spec: KernelSpec, target: str) -> dict[str, Any]:
@@ -244,14 +263,20 @@ def _score_select(spec: KernelSpec) -> dict[str, Launch]:
     chosen = {
         f"upto_{most}": Launch(spec.name, {**constants, "PAGES": most}, min(warps, most_warps), 2)
         for most, warps in CLASSES.items()
+        if most <= CANDIDATES or not spec.among
     }
+    if spec.among:
+        return chosen
     chosen["rank"] = Launch("rank_pages", constants, 4, 2)
     chosen["choose"] = Launch("choose_pages", {"BLOCK_R": RANKED}, 8, 1)
     return chosen
 
 
 def _append_index(spec: KernelSpec) -> dict[str, Launch]:
-    width = max(pow2(spec.key_dim), pow2(spec.value_dim))
+    width = max(1, pow2(spec.key_dim), pow2(spec.value_dim))
+    if spec.fold:
+        children = max(4, min(16, 4096 // width))
+        return {"fold": Launch(spec.name, {"BLOCK_C": children, "SHARE": FOLDING}, 4, 1)}
     slots = min(spec.page_size, max(4, 8192 // width))
     return {"append": Launch(spec.name, {"BLOCK_S": slots}, 8 if slots * width >= 4096 else 4, 1)}
 
@@ -259,3 +284,33 @@ def _append_index(spec: KernelSpec) -> dict[str, Launch]:
 def _combine(spec: KernelSpec) -> dict[str, Launch]:
     rows = max(1, 1024 // max(1, pow2(spec.value_dim)))
     return {"combine": Launch(spec.name, {"BLOCK_R": rows}, 4, 1)}
+
+
+def _state_step(spec: KernelSpec) -> dict[str, Launch]:
+    columns = min(pow2(spec.value_dim), max(8, STEP_TILE // pow2(spec.key_dim)))
+    return {"step": Launch(spec.name, {"BLOCK_V": columns}, 4, 1)}
+
+
+def _state_chunk(spec: KernelSpec) -> dict[str, Launch]:
+    most = chunk(spec)
+    block = {
+        "BLOCK_K": min(most, padded(spec.key_dim)),
+        "BLOCK_V": min(most, padded(spec.value_dim)),
+    }
+    walk = Launch("walk_chunks", block, 4, 2)
+    if spec.backward:
+        return {
+            "walk": walk,
+            "walk_back": Launch("walk_back", block, 4, 2),
+            "grad_query": Launch(spec.name, block, 4, 2),
+            "grad_key": Launch("key_gradient", block, 4, 2),
+            "grad_value": Launch("value_gradient", block, 4, 2),
+        }
+    read = Launch(spec.name, block, 4, 2)
+    if not spec.delta:
+        return {"walk": walk, "read": read}
+    # All features of a column are in one program's registers, and its copies in shared memory.
+    slow = spec.dtype == "float32" or spec.key_dim > 256
+    stages = 2 if spec.dtype != "float32" and spec.key_dim <= 128 else 1
+    walk = Launch("walk_chunks", {**block, "BLOCK_V": 16}, 8 if slow else 4, stages)
+    return {"solve": Launch("solve_chunks", block, 4, 2), "walk": walk, "read": read}

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from .. import cache as store
 from ..render import render
-from ..spec import SCORE_TERMS, KernelSpec
+from ..spec import SCORE_TERMS, STATE_OPS, KernelSpec
 from .blocks import (
+    CANDIDATES,
     CLASSES,
     HEADS,
     LISTED,
@@ -18,6 +19,7 @@ from .blocks import (
     SHARE_TOKENS,
     Launch,
     architecture,
+    chunk,
     launches,
     nearest,
     padded,
@@ -59,6 +61,7 @@ def source(spec: KernelSpec, target: str | None = None) -> str:
 
 def text(spec: KernelSpec, target: str, chosen: dict[str, Launch]) -> str:
     """The module of a spec with the given launches (see `blocks.launches`)."""
+    template = f"{spec.template}.py.jinja"
     names = {
         "spec": spec,
         "pow2": pow2,
@@ -67,7 +70,7 @@ def text(spec: KernelSpec, target: str, chosen: dict[str, Launch]) -> str:
         "title": _title(spec),
         "note": "\n".join(
             textwrap.wrap(
-                f"Generated for {target} from codegen/triton/{spec.op}.py.jinja: edits are lost. "
+                f"Generated for {target} from codegen/triton/{template}: edits are lost. "
                 f"Specification: {json.dumps(spec.to_json())}",
                 100,
                 break_long_words=False,
@@ -91,14 +94,19 @@ def text(spec: KernelSpec, target: str, chosen: dict[str, Launch]) -> str:
             "terms": SCORE_TERMS[spec.score],
             "heads": 16 if spec.dtype == "float32" else HEADS,
             "most_k": 64 if spec.dtype == "float32" or spec.key_dim > 256 else 256,
-            "largest": max(CLASSES),
-            "classes": [(most, chosen[f"upto_{most}"]) for most in CLASSES],
+            "largest": CANDIDATES if spec.among else max(CLASSES),
+            "classes": [(m, chosen[f"upto_{m}"]) for m in CLASSES if f"upto_{m}" in chosen],
         }
+    elif spec.fold:
+        names["share"] = chosen["fold"].constants["SHARE"]
+        names["block_c"] = chosen["fold"].constants["BLOCK_C"]
     elif spec.op == "append_index":
         names["block_s"] = chosen["append"].constants["BLOCK_S"]
-    else:
+    elif spec.op == "state_chunk":
+        names["chunk"] = chunk(spec)
+    elif spec.op == "combine":
         names["block_r"] = chosen["combine"].constants["BLOCK_R"]
-    return render(HERE / f"{spec.op}.py.jinja", **names)
+    return render(HERE / template, **names)
 
 
 def _title(spec: KernelSpec) -> str:
@@ -109,9 +117,17 @@ def _title(spec: KernelSpec) -> str:
     if spec.op == "score_select":
         kept = ", selects the best and keeps the queries' products with mean keys"
         then = kept if spec.page_logits else " and selects the best"
-        return f"Scores pages by {spec.score}{then}."
+        which = "each row's candidates" if spec.among else "pages"
+        return f"Scores {which} by {spec.score}{then}."
+    if spec.fold:
+        return "Writes records of groups, from the records of their children."
     if spec.op == "append_index":
         return "Writes new tokens into their pages" + (" and index." if spec.fields else ".")
+    if spec.op in STATE_OPS:
+        decay = {"": "", "constant": ", each head with its decay", "gate": ", gated"}[spec.decay]
+        rule = "the delta rule" if spec.delta else "addition"
+        done = "Gradients of reads of" if spec.backward else "Writes and reads"
+        return f"{done} a state written by {rule}{decay}."
     return "Merges reads of disjoint keys by log-sum-exp."
 
 

@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 from ...models.memory.parts import field_width
-from ..spec import KernelSpec
-from .blocks import Launch, launches, table, tuned_path
+from ..spec import STATE_OPS, KernelSpec
+from .blocks import Launch, launches, padded, table, tuned_path
 from .emit import device_target, text, write
 from .load import imported
 
-ROLES = {"attend": ("decode", "prefill"), "append_index": ("append",), "combine": ("combine",)}
+ROLES = {
+    "attend": ("decode", "prefill"),
+    "append_index": ("append", "fold"),
+    "combine": ("combine",),
+    "state_step": ("step",),
+    "state_chunk": ("solve", "walk", "read", "walk_back", "grad_query", "grad_key", "grad_value"),
+}
 
 
 def tune(
@@ -50,11 +56,12 @@ def tune(
         )
     target, device = device_target(), torch.device("cuda")
     chosen = table(spec, target)
-    roles = ROLES.get(spec.op) or (_class_of(chosen, context // spec.page_size),)
+    ranked = context // spec.page_size
+    roles = ROLES.get(spec.op) or (_class_of(chosen, min(ranked, 256) if spec.among else ranked),)
     for role in roles:
         if role not in chosen:
             continue
-        count = rows if role == "prefill" else 1
+        count = rows if role == "prefill" or spec.op == "state_chunk" else 1
         arguments = example(spec, device, batch, kv_heads, context, count, selected)
         best = math.inf
         for candidate in candidates(spec, role, chosen):
@@ -85,6 +92,11 @@ def candidates(spec: KernelSpec, role: str, chosen: dict[str, Launch]) -> list[d
         }
         name, values = sizes[role]
         shapes += [{**launch.constants, name: size} for size in values]
+    elif spec.op in STATE_OPS:
+        least = 8 if spec.op == "state_step" else 16
+        most = padded(spec.value_dim)
+        widths = [size for size in (8, 16, 32, 64) if least <= size <= most]
+        shapes += [{**launch.constants, "BLOCK_V": size} for size in widths]
     made = [chosen]
     for shape, warps, stages in itertools.product(shapes, (2, 4, 8), (1, 2, 3, 4)):
         changed = {**chosen, role: replace(launch, constants=shape, warps=warps, stages=stages)}
@@ -129,21 +141,38 @@ def example(
         "sink_pages": 1,
         "window_pages": 1,
         "dense_below": 0,
+        "child_size": 1,
+        "ratio": 8,
     }
+    given["record_table"] = given["child_table"] = given["page_table"]
+    wanted = max(1, min(columns, selected // slots))
+    if spec.pages != "all" or spec.among:
+        order = torch.rand(batch, kv_heads, rows, columns, device=device).argsort(3)
+        given["pages"] = order[..., :wanted].sort(3).values.int()
+        given["candidates"] = order[..., :256].sort(3).values.int()
     if spec.op in ("attend", "append_index"):
         given["key_pages"] = normal(count, spec.page_size, spec.key_dim)
         given["value_pages"] = normal(count, spec.page_size, spec.value_dim)
-        wanted = max(1, min(columns, selected // slots))
-        order = torch.rand(batch, kv_heads, rows, columns, device=device).argsort(3)
-        given["pages"] = order[..., :wanted].sort(3).values.int()
         given["page_logits"] = normal(batch, heads, rows, columns, dtype=torch.float32)
         given["page_values"] = normal(count, spec.value_dim)
         given["page_bias"] = normal(count, 1, dtype=torch.float32)
-    given["budget_pages"] = given["capacity"] = max(1, min(columns, selected // slots))
+    if spec.op in STATE_OPS:
+        each, held = (batch, kv_heads, rows), (batch, kv_heads, spec.key_dim)
+        share = torch.rand(each, device=device)
+        # Of norm 1, so that a delta rule stays bounded.
+        given["key"] = normal(*each, spec.key_dim) * spec.key_dim**-0.5
+        given["beta"] = share
+        given["decay"] = -0.1 * share if spec.decay == "gate" else -0.1 * share[0, :, 0]
+        given["state"] = normal(*held, spec.value_dim, dtype=torch.float32)
+        given["norm"] = normal(*held, dtype=torch.float32)
+        given["grad_num"] = normal(batch, heads, rows, spec.value_dim, dtype=torch.float32)
+        given["grad_den"] = normal(batch, heads, rows, dtype=torch.float32)
+    given["budget_pages"] = given["capacity"] = wanted
     for name in spec.fields or (spec.score_fields if spec.score else ()):
         kind = torch.float32 if name == "log_count" else dtype
         width = field_width(name, spec.key_dim, spec.value_dim)
-        given[f"index_{name}"] = normal(count, width, dtype=kind)
+        for pool in ("index", "children"):
+            given[f"{pool}_{name}"] = normal(count, width, dtype=kind)
     for i in range(spec.count):
         given[f"out{i}"] = normal(batch, heads, rows, spec.value_dim)
         given[f"lse{i}"] = normal(batch, heads, rows)

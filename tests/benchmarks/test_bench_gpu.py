@@ -20,7 +20,7 @@ from memcompile.codegen.spec import KernelSpec
 from memcompile.models import ops
 
 CPU = torch.device("cpu")
-OVERLOADS = ("page_lse", "page_logits", "summaries")
+OVERLOADS = ("page_lse", "page_logits", "summaries", "backward")
 
 
 def broken(op: str, spoil: Any) -> Any:
@@ -33,7 +33,8 @@ def broken(op: str, spoil: Any) -> Any:
         given = dict(zip((name for _, name in spec.arguments), args, strict=True))
         overload = "".join(f".{name}" for name in OVERLOADS if getattr(spec, name))
         result = ops.operator(spec.op + overload)(*family_arguments(spec, given))
-        return spoil(given if spec.op == "append_index" else result)
+        spoilt = spoil(given if spec.op == "append_index" or spoil is forgotten else result)
+        return result if spoilt is None else spoilt
 
     return load
 
@@ -60,6 +61,10 @@ def family_arguments(spec: KernelSpec, given: dict[str, Any]) -> tuple[Any, ...]
         lists = (given["page_table"], given.get("pages"), spec.pages == "unlisted")
         numbers = (given["scale"], given.get("softcap", 0.0), given.get("window", 0), spec.span)
         return (*tensors, *lists, given["position"], given["lengths"], *numbers)
+    if spec.op.startswith("state"):
+        names = ("query", "key", "value", "decay", "beta", "lengths")
+        last = ("grad_num", "grad_den") if spec.backward else ("state", "norm")
+        return tuple(given.get(name) for name in names + last)
     outs = [given[f"out{i}"] for i in range(spec.count)]
     return (outs, [given[f"lse{i}"] for i in range(spec.count)])
 
@@ -118,6 +123,10 @@ def moved(given: dict[str, Any]) -> None:
     given["key_pages"].copy_(given["key_pages"].roll(1, 0))
 
 
+def forgotten(given: dict[str, Any]) -> None:
+    given["state"].mul_(0.9)
+
+
 @pytest.mark.parametrize(
     ("case", "spoil"),
     [
@@ -132,6 +141,12 @@ def moved(given: dict[str, Any]) -> None:
         (Case("score_select", 8, page_size=16), wrong_page),
         (Case("append_index", 8, 8, page_size=16), unwritten),
         (Case("append_index", 8, 8, page_size=16), moved),
+        (Case("state_step", 8, 8, rows=2), scaled),
+        (Case("state_step", 8, 8, rule="normalised", rows=2), shifted),
+        (Case("state_step", 8, 8, decay="gate", rows=2), forgotten),
+        (Case("state_chunk", 8, 8, rule="delta", rows=9), poisoned),
+        (Case("state_chunk", 8, 8, rule="delta", rows=9), forgotten),
+        (Case("state_chunk.backward", 8, 8, rows=9), scaled),
     ],
 )
 def test_a_wrong_kernel_is_caught(case: Case, spoil: Any) -> None:
@@ -201,7 +216,10 @@ def test_a_dry_run_goes_all_the_way_and_claims_nothing(
         assert row["baseline"] in row["torch_us"]
     lines = capsys.readouterr().out.splitlines()
     (head,) = [i for i, line in enumerate(lines) if line.split()[:1] == ["batch"]]
-    assert len([line for line in lines if "(unverified)" in line]) == 3 + len(result["rows"]) + 1
+    told = 3 + len(result["states"]) + len(result["rows"]) + 1
+    assert len([line for line in lines if "(unverified)" in line]) == told
+    assert {row["case"].split()[0] for row in result["states"]} == {"state_step", "state_chunk"}
+    assert all(row["us"] > 0 and row["floor_bytes"] > 0 for row in result["states"])
     assert all("(unverified)" in line for line in lines[head + 1 : head + 3])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from tolerance import assert_close_to_float64
 from torch import Tensor
 
 from memcompile.codegen.spec import KernelSpec
@@ -105,6 +106,18 @@ class Laid:
         )
 
 
+def check_attend(laid: Laid, results: tuple[Tensor, ...]) -> None:
+    """Holds what attend returns for a laid-out memory to the reference in float64."""
+    spec = laid.spec
+    truth, eager = laid.attend(torch.float64), laid.attend(torch.float32)
+    reduction = max(1, laid.shape.tokens // spec.span) * spec.key_dim
+    out = eager[0].to(spec.torch_dtype)
+    assert_close_to_float64(results[0], out, truth[0], reduction=reduction)
+    # Logits are summed in float32 whatever the inputs are.
+    for one, plain, right in zip(results[1:], eager[1:], truth[1:], strict=True):
+        assert_close_to_float64(one, plain, right, reduction=reduction, logarithm=True)
+
+
 def lay_out(spec: KernelSpec, shape: Shape) -> Laid:
     """Memory of the shape under the spec, its pools and inputs rounded to the spec's dtype."""
     make = torch.Generator().manual_seed(shape.seed)
@@ -174,5 +187,6 @@ def lay_out(spec: KernelSpec, shape: Shape) -> Laid:
         "scale": spec.key_dim**-0.5,
         "softcap": 1.5,
         "window": int(torch.randint(1, max(2, shape.tokens), (), generator=make)),
+        "record_table": torch.randperm(pool + 2, generator=make)[: len(order)].int().view_as(table),
     }
     return Laid(spec, shape, given)

@@ -15,7 +15,7 @@ from torch import Tensor
 from memcompile.codegen import cpp
 from memcompile.codegen.spec import KernelSpec
 from memcompile.models.memory.parts import INDEX_FIELDS, field_width
-from memcompile.models.memory.records import append_index
+from memcompile.models.memory.records import append_index, append_index_record_table
 
 SUMMARY = ("mean", "std", "value_mean", "log_count")
 SPECS = [
@@ -25,6 +25,9 @@ SPECS = [
     KernelSpec("append_index", "bfloat16", 8, 64, page_size=128, fields=("max", "min")),
     KernelSpec("append_index", "bfloat16", 576, 512, True, page_size=64, fields=SUMMARY),
     KernelSpec("append_index", "float32", 64, 64, page_size=16),
+    KernelSpec(
+        "append_index", "bfloat16", 64, 40, page_size=16, fields=INDEX_FIELDS, record_table=True
+    ),
 ]
 BY_NAME = {spec.name: spec for spec in SPECS}
 Pools = tuple[Tensor, Tensor, list[Tensor]]
@@ -40,13 +43,14 @@ def empty(laid: Laid, dtype: torch.dtype | None = None) -> Pools:
     spec, count = laid.spec, len(laid.given["key_pages"])
     dtype = dtype or spec.torch_dtype
     small = torch.float32 if dtype != torch.float64 else dtype
+    rows = count + 2 if spec.record_table else count
     keys, values = (
         torch.full((count, spec.page_size, width), torch.nan, dtype=dtype)
         for width in (spec.key_dim, spec.value_dim)
     )
     index = [
         torch.full(
-            (count, field_width(field, spec.key_dim, spec.value_dim)),
+            (rows, field_width(field, spec.key_dim, spec.value_dim)),
             torch.nan,
             dtype=small if field == "log_count" else dtype,
         )
@@ -80,10 +84,12 @@ def append(laid: Laid, pools: Pools, cuts: list[int], kernel=None) -> None:
             value = tokens(laid, "value_pages", begin, end)
         position = torch.tensor(begin, dtype=torch.int32)
         lengths = torch.tensor(end, dtype=torch.int32) - position
-        at = (g["page_table"], position, lengths)
+        tables = ("page_table", "record_table") if spec.record_table else ("page_table",)
+        at = (*(g[name] for name in tables), position, lengths)
         if kernel is None:
             wide = pools[0].dtype
-            append_index(key.to(wide), value.to(wide), *at, *pools, list(spec.fields))
+            reference = append_index_record_table if spec.record_table else append_index
+            reference(key.to(wide), value.to(wide), *at, *pools, list(spec.fields))
         elif spec.shared_kv:
             kernel(key, *at, pools[0], *pools[2])
         else:
@@ -223,6 +229,39 @@ def test_tokens_without_a_page_are_refused_before_any_is_written(table: str, ope
     at = [laid.given[name] for name in ("page_table", "position", "lengths")]
     with pytest.raises(IndexError, match="reserve the tokens first"):
         operators[SPECS[1]](*new, *at, *pools[:2], *pools[2])
+    assert same(pools, untouched)
+
+
+def test_records_stay_where_pages_are_let_go(operators) -> None:
+    """Full pages leave the table, and later ones take their places in the pools."""
+    spec = SPECS[6]
+    laid = lay_out(spec, Shape((70,), (9,), rows=9))
+    kept, ring, g = empty(laid), empty(laid), laid.given
+    append(laid, kept, [79], operators[spec])
+    for start in range(0, 79, 8):
+        stop, page = min(start + 8, 79), start // 16
+        new = [tokens(laid, pool, [start], [stop]) for pool in ("key_pages", "value_pages")]
+        table = torch.full_like(g["page_table"], -1)
+        table[:, :, page] = g["page_table"][:, :, page % 2]
+        at = (torch.tensor([x], dtype=torch.int32) for x in (start, stop - start))
+        operators[spec](*new, table, g["record_table"], *at, *ring[:2], *ring[2])
+    assert all(map(torch.equal, map(bits, kept[2]), map(bits, ring[2])))
+    assert kept[0].isfinite().sum() > 2 * ring[0].isfinite().sum()
+
+
+@pytest.mark.parametrize("fault", ["too short", "unassigned", "no pool"])
+def test_records_without_a_row_are_refused_before_any_is_written(fault: str, operators) -> None:
+    laid = lay_out(SPECS[6], Shape((20, 40), (9, 9), rows=9))
+    record_table = laid.given["record_table"]
+    if fault == "too short":
+        laid.given["record_table"] = record_table[:, :, :2].contiguous()
+    else:
+        record_table[1, 1, 2] = -1 if fault == "unassigned" else len(laid.given["key_pages"]) + 2
+    pools, untouched = empty(laid), empty(laid)
+    new = [torch.randn(2, 2, 9, width).bfloat16() for width in (64, 40)]
+    at = [laid.given[name] for name in ("page_table", "record_table", "position", "lengths")]
+    with pytest.raises(IndexError, match=r"column 2 of .* names no row .* in record_table"):
+        operators[SPECS[6]](*new, *at, *pools[:2], *pools[2])
     assert same(pools, untouched)
 
 

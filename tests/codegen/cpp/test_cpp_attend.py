@@ -12,8 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_case import Laid, Shape, lay_out, shapes
-from tolerance import assert_close_to_float64
+from kernel_case import Laid, Shape, check_attend, lay_out, shapes
 
 from memcompile.codegen import cpp
 from memcompile.codegen.cpp import build
@@ -47,6 +46,8 @@ SPECS = [
     spec("float16", 40, 96, 1, 16, pages="listed", summaries=True, softcap=True),
     spec("float32", 64, 80, 6, 32, pages="listed", summaries=True),
     KernelSpec("attend", "bfloat16", 576, 512, True, 16, 32, pages="listed", summaries=True),
+    spec("bfloat16", 32, 32, 2, 1, span=4096, pages="unlisted", bias=True, page_lse=True),
+    spec("float32", 8, 8, 1, 1, span=1 << 18, pages="listed", bias=True),
 ]
 BY_NAME = {spec.name: spec for spec in SPECS}
 
@@ -57,16 +58,7 @@ def operators():
 
 
 def check(laid: Laid, operators) -> None:
-    spec = laid.spec
-    results = operators[spec](*laid.arguments())
-    truth = laid.attend(torch.float64)
-    eager = laid.attend(torch.float32)
-    reduction = max(1, laid.shape.tokens // spec.span) * spec.key_dim
-    out = eager[0].to(spec.torch_dtype)
-    assert_close_to_float64(results[0], out, truth[0], reduction=reduction)
-    # Logits are summed in float32 whatever the inputs are.
-    for one, plain, right in zip(results[1:], eager[1:], truth[1:], strict=True):
-        assert_close_to_float64(one, plain, right, reduction=reduction, logarithm=True)
+    check_attend(laid, operators[laid.spec](*laid.arguments()))
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -107,6 +99,30 @@ def test_a_sequence_far_beyond_float_numbers(operators) -> None:
     far_out, far_lse, _ = operators[spec](*far.arguments())
     assert torch.equal(near_out, far_out)
     assert torch.equal(near_lse, far_lse)
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in SPECS[-2:]])
+def test_records_of_many_tokens(name: str, operators) -> None:
+    """A slot is seen from its last token on, whatever it stands for."""
+    spec = BY_NAME[name]
+    for seed in range(8):
+        position = (spec.span * 90 - 2 + seed // 2, spec.span * 3 - 1, 7)
+        shape = Shape(position, (3, 1, 0), rows=3, holes=10, listed=40, seed=seed)
+        check(lay_out(spec, shape), operators)
+
+
+@pytest.mark.parametrize("name", [SPECS[i].name for i in (0, 3, 11, 12, 13)])
+def test_pages_that_were_evicted(name: str, operators) -> None:
+    """All but the first and the last have left the table; each KV head kept one more of its own."""
+    spec = BY_NAME[name]
+    for rows in (1, 5):
+        laid = lay_out(spec, Shape((spec.page_size * 40, spec.page_size * 9), (rows, 1), rows=rows))
+        table = laid.given["page_table"]
+        kept = table[:, :, 7:9].clone()
+        table[:, :, 1:-3] = -1
+        table[:, 0, 7], table[:, 1, 8] = kept[:, 0, 0], kept[:, 1, 1]
+        laid.given["window"] = spec.page_size * 34 + 3  # its first page is not there
+        check(laid, operators)
 
 
 def test_strided_queries_and_tables(operators) -> None:

@@ -34,6 +34,7 @@ sys.path += PATHS
 import hypothesis, torch
 from kernel_case import Shape
 import test_cpp_append_index as a, test_cpp_linear as l, test_cpp_score_select as s
+import test_cpp_among as m, test_cpp_fold as f
 from test_cpp_variants import fenced
 
 def pools(laid, dtype=None, made=a.empty):
@@ -63,6 +64,23 @@ for spec in s.SPECS:
             s.check_exact(case(spec, shape, s.whole), choice, operators)
             s.check_exact(case(spec, shape, s.whole, 0.3 / spec.key_dim), choice, operators)
             s.check_close(case(spec, shape), choice, operators)
+
+def folded(spec, position, lengths, seed):
+    made = f.lay_out_fold(spec, position, lengths, 4, 5, seed=seed)
+    made.given = {k: fenced(v) if hasattr(v, "numel") else v for k, v in made.given.items()}
+    return f.run(made, operators)
+
+operators = f.cpp.load(f.FOLDS)
+for spec in f.FOLDS:
+    for seed in range(3):
+        folded(spec, (7, 90), (133, 20), seed).check()
+
+operators = m.cpp.load(m.SPECS)
+for spec in m.SPECS:
+    for seed in range(3):
+        made = case(spec, Shape((spec.page_size * 40, 137), (6, 5), rows=6, seed=seed), s.whole)
+        lists = fenced(m.candidates(made.table, 6, 33, seed))
+        m.check(made, lists, (1, 1, 9), operators)
 
 linear = l.linear.load()
 def operator(input, weight, bias):

@@ -57,7 +57,15 @@ def test_combine_merges_reads(count: int, value_dim: int) -> None:
             "score_select", key_dim=16, group=2, page_size=16, score="box", page_logits=True
         ),
         KernelSpec("append_index", key_dim=16, value_dim=8, page_size=16, fields=INDEX_FIELDS),
+        KernelSpec("append_index", key_dim=16, value_dim=8, fields=INDEX_FIELDS, fold=True),
+        KernelSpec("score_select", key_dim=16, group=2, page_size=16, score="box", among=True),
         KernelSpec("combine", value_dim=8, count=2),
+        KernelSpec("state_step", key_dim=16, value_dim=8, group=2, decay="constant", delta=True),
+        KernelSpec("state_chunk", key_dim=16, value_dim=8, decay="gate", normalised=True),
+        KernelSpec(
+            "state_chunk", key_dim=16, value_dim=8, decay="constant", normalised=True,
+            backward=True,
+        ),
     ],
     ids=lambda spec: spec.name,
 )  # fmt: skip

@@ -9,7 +9,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,21 @@ SELECT = KernelSpec(
 SELECT_AND_KEEP = dataclasses.replace(SELECT, page_logits=True)
 APPEND = KernelSpec("append_index", fields=SUMMARY, **LLAMA)
 COMBINE = KernelSpec("combine", value_dim=128, count=2)
+HEADS = dict(dtype="bfloat16", key_dim=128, value_dim=128, group=4)
+STATE = {
+    "step": KernelSpec("state_step", decay="gate", normalised=True, **HEADS),
+    "chunk": KernelSpec("state_chunk", decay="gate", normalised=True, **HEADS),
+    "delta": KernelSpec("state_chunk", decay="gate", delta=True, **HEADS),
+    "backward": KernelSpec("state_chunk", decay="gate", normalised=True, backward=True, **HEADS),
+}
+# All of them take long, so what compiles for one target stands for those of its kind.
+STATE_ON = {
+    "cuda:sm_80": ("step", "chunk"),
+    "cuda:sm_90": tuple(STATE),
+    "cuda:sm_100": ("step",),
+    "cuda:sm_120": ("step", "delta"),
+    "hip:gfx942": ("step", "delta"),
+}
 LLAMA_STEP = (
     *(READ[kind] for kind in ("all", "listed", "summaries")),
     *(SELECT, SELECT_AND_KEEP, APPEND, COMBINE),
@@ -82,7 +97,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_kernels_compile_and_fit(target: str) -> None:
     backend = target.split(":")[0]
     chosen = SPECS if target in ("cuda:sm_90", "hip:gfx942") else LLAMA_STEP
-    for spec in chosen:
+    for spec in (*chosen, *(STATE[kind] for kind in STATE_ON[target])):
         for compiled in compile_for(spec, target):
             assert compiled.binary
             assert compiled.shared <= blocks.architecture(target).shared, (spec, compiled.role)
@@ -102,19 +117,21 @@ def test_kernels_compile_and_fit(target: str) -> None:
         (READ["all"], "decode"),
         (READ["all"], "merge"),
         (APPEND, "append"),
+        (STATE["step"], "step"),
+        (STATE["chunk"], "read"),
     ],
     ids=lambda given: given if isinstance(given, str) else given.op,
 )
 def test_numbers_that_are_1_may_be_constants(spec: KernelSpec, role: str) -> None:
     """As Inductor makes them, whatever a kernel asks not to be specialised."""
     made, launch = module(spec, "cuda:sm_90"), blocks.launches(spec, "cuda:sm_90")[role]
-    numbers = {"rows", "kv_heads", "table_pages", "splits", "list_pages", "capacity"}
+    numbers = {"rows", "kv_heads", "table_pages", "splits", "list_pages", "capacity", "chunks"}
     ones = dict.fromkeys(numbers.intersection(getattr(made, launch.kernel).arg_names), 1)
     launch = dataclasses.replace(launch, constants={**launch.constants, **ones})
     assert compile_launch(spec, made, role, launch, "cuda:sm_90").binary
 
 
-@pytest.mark.parametrize("spec", LLAMA_ALL, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", (*LLAMA_ALL, *STATE.values()), ids=lambda spec: spec.name)
 def test_nothing_spills_on_sm_90(spec: KernelSpec) -> None:
     for compiled in compile_for(spec, "cuda:sm_90"):
         used = resources(compiled.binary)
@@ -151,6 +168,10 @@ def test_records_are_copied_ahead_on_sm_90() -> None:
         "score_select_page_logits": SELECT_AND_KEEP,
         "append_index": APPEND,
         "combine": COMBINE,
+        "state_step": STATE["step"],
+        "state_chunk": STATE["chunk"],
+        "state_chunk_delta": STATE["delta"],
+        "state_chunk_backward": STATE["backward"],
     }.items(),
 )
 def test_generated_text(name: str, spec: KernelSpec, golden: Callable[[str, str], None]) -> None:
@@ -198,6 +219,25 @@ def random_specs(count: int) -> list[KernelSpec]:
     return [*found]
 
 
+def random_states(count: int) -> list[KernelSpec]:
+    """The same of recurrent states."""
+    pick = random.Random(1)
+    dims = (8, 24, 32, 64, 80, 96, 128, 160, 256, 576)
+    found: dict[KernelSpec, None] = {}
+    while len(found) < count:
+        delta = pick.random() < 0.4
+        op = pick.choice(("state_step", "state_chunk"))
+        spec = KernelSpec(
+            op, dtype=pick.choice(("bfloat16", "float16", "float32")), key_dim=pick.choice(dims),
+            value_dim=pick.choice(dims), group=pick.choice((1, 3, 4, 16)),
+            decay=pick.choice(("", "constant", "gate")), delta=delta,
+            normalised=not delta and pick.random() < 0.5,
+            backward=op == "state_chunk" and not delta and pick.random() < 0.5,
+        )  # fmt: skip
+        found[spec] = None
+    return [*found]
+
+
 def compiled_launches(job: tuple[KernelSpec, str]) -> int:
     spec, target = job
     most = blocks.architecture(target).shared
@@ -209,7 +249,7 @@ def compiled_launches(job: tuple[KernelSpec, str]) -> int:
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_five_hundred_specs_compile() -> None:
-    specs = random_specs(520)
+    specs = [*random_specs(520), *random_states(100)]
     assert len({spec.name for spec in specs}) == len(specs)
     with ProcessPoolExecutor() as pool:
         jobs = [(spec, "cuda:sm_90") for spec in specs]
@@ -219,11 +259,11 @@ def test_five_hundred_specs_compile() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_many_specs_are_printed(target: str) -> None:
     printed = 0
-    for spec in random_specs(200):
+    for spec in (*random_specs(200), *random_states(50)):
         with contextlib.suppress(NotCovered):  # keys too wide for its shared memory
             compile(source(spec, target), spec.name, "exec")
             printed += 1
-    assert printed > 180
+    assert printed > 230
 
 
 # What torch sees.
@@ -299,9 +339,38 @@ def test_operators_are_exported_with_a_table_of_any_width() -> None:
     assert {t.device.type for t in (out, lse, pages, logits)} == {"cuda"}
 
 
-@pytest.mark.parametrize(("bound", "launches"), [(4096, 1), (None, 2)])
-def test_a_compiler_sees_the_kernels(bound: int | None, launches: int) -> None:
-    """A table of bounded width is ranked in one launch, one of unknown width in two."""
+def state_arguments(device: str, rows: int) -> list[Tensor]:
+    """Those of an additive, gated and normalised state of HEADS."""
+    shapes = ((2, 8, rows, 128), (2, 2, rows, 128), (2, 2, rows, 128))
+    given = [torch.empty(shape, dtype=torch.bfloat16, device=device) for shape in shapes]
+    whole = torch.empty(2, dtype=torch.int32, device=device)
+    held = [torch.empty(shape, device=device) for shape in ((2, 2, 128, 128), (2, 2, 128))]
+    return [*given, torch.empty(2, 2, rows, device=device), whole, *held]
+
+
+def test_states_are_exported_with_any_number_of_rows() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    forward = load([STATE["chunk"]])[STATE["chunk"]]
+
+    class Chunk(torch.nn.Module):
+        def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+            return forward(*args)
+
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        args = state_arguments("cuda", 70)
+    rows = {2: torch.export.Dim("rows", min=2)}
+    program = torch.export.export(
+        Chunk(), tuple(args), dynamic_shapes=((rows, rows, rows, rows, None, None, None),)
+    )
+    out, lse = (n.meta["val"] for n in program.graph.output_node().args[0][-2:])
+    assert isinstance(out.shape[2], torch.SymInt) and out.shape[2] == lse.shape[2]
+    assert (out.dtype, lse.dtype, out.device.type) == (torch.float32, torch.float32, "cuda")
+
+
+def kernels_seen(function: Callable[..., Any], args: Iterable[Any]) -> list[str]:
+    """The names of the kernels in the graph that a compiler behind autograd is given."""
     from torch._dynamo.backends.common import aot_autograd
 
     seen: list[str] = []
@@ -318,17 +387,30 @@ def test_a_compiler_sees_the_kernels(bound: int | None, launches: int) -> None:
                 seen.append(kernel.fn.__name__)
         raise Captured
 
+    compiled = torch.compile(function, backend=aot_autograd(fw_compiler=capture), fullgraph=True)
+    with pytest.raises(Exception, match="Captured"):
+        compiled(*args)
+    return seen
+
+
+@pytest.mark.parametrize(("bound", "launches"), [(4096, 1), (None, 2)])
+def test_a_compiler_sees_the_kernels(bound: int | None, launches: int) -> None:
+    """A table of bounded width is ranked in one launch, one of unknown width in two."""
     torch._dynamo.reset()
     args = step_arguments("cpu")
     torch._dynamo.mark_dynamic(args[6], 2, **({} if bound is None else dict(min=2, max=bound)))
-    compiled = torch.compile(make_step(), backend=aot_autograd(fw_compiler=capture), fullgraph=True)
-    with pytest.raises(Exception, match="Captured"):
-        compiled(*args)
     ranked = [SELECT_AND_KEEP.name] if launches == 1 else ["rank_pages", "choose_pages"]
-    assert seen == [
+    assert kernels_seen(make_step(), args) == [
         *(APPEND.name, *ranked),
         *(READ["summaries"].name, "merge_splits", READ["all"].name, "merge_splits", COMBINE.name),
     ]
+
+
+def test_a_compiler_sees_the_kernels_of_a_state() -> None:
+    torch._dynamo.reset()
+    step, chunk = load([STATE["step"], STATE["chunk"]]).values()
+    assert kernels_seen(step, state_arguments("cpu", 1)) == [STATE["step"].name]
+    assert kernels_seen(chunk, state_arguments("cpu", 70)) == ["walk_chunks", STATE["chunk"].name]
 
 
 def test_importing_the_package_leaves_triton_alone() -> None:
@@ -387,7 +469,7 @@ def test_tuned_launches_come_before_the_table(tmp_path: Path, monkeypatch: Any) 
     assert source(READ["all"], "cuda:sm_80") != after
 
 
-@pytest.mark.parametrize("spec", LLAMA_ALL, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", (*LLAMA_ALL, *STATE.values()), ids=lambda spec: spec.name)
 def test_candidates_are_printed_and_differ(spec: KernelSpec) -> None:
     from memcompile.codegen.triton.tune import candidates
 

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-FILES = ("numerics_attend.py", "numerics_index.py", "numerics_step.py")
+FILES = (
+    "numerics_attend.py",
+    "numerics_index.py",
+    "numerics_levels.py",
+    "numerics_state.py",
+    "numerics_step.py",
+)
 
 
 @pytest.mark.timeout(900)

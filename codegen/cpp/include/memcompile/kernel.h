@@ -43,15 +43,28 @@ struct AppendIndexArgs {
   Memory memory;
   Rows key;            // [B, Hkv, n, Dk]
   Rows value;          // [B, Hkv, n, Dv]; absent when shared_kv
+  PageIds record_table;  // [B, Hkv, columns]; absent where records lie beside their pages
   void* key_pages;     // [P, page_size, Dk], contiguous
   void* value_pages;   // [P, page_size, Dv], contiguous; absent when shared_kv
-  void* const* index;  // one [P, width] a field, contiguous, in the order of the spec's fields
+  void* const* index;  // one [P, width] a field, contiguous, in the order of the spec's fields;
+                       // with a table of their own [R, width]
+};
+
+struct FoldArgs {
+  Memory memory;                // its page_table and pools are the groups'; of no rows
+  PageIds child_table;          // [B, Hkv, columns]
+  int64_t child_rows;           // of every pool of children
+  const void* const* children;  // one [rows, width] a field, contiguous, in the order of the fields
+  void* const* index;           // the same of the groups
+  int64_t child_size;           // tokens
+  int64_t ratio;                // children of a group
 };
 
 struct ScoreSelectArgs {
   Memory memory;
   Rows query;                // [B, H, n, Dk]
   const void* const* index;  // one [P, width] a field, contiguous, in the order of the score's fields
+  PageIds candidates;        // [B, Hkv, n, S]; absent where every page is one
   int64_t sink_pages;
   int64_t window_pages;
   int64_t capacity;
@@ -88,6 +101,26 @@ struct CombineArgs {
   int64_t threads;
 };
 
+// state_step and state_chunk, or the gradients of the latter. Of memory, rows and lengths count.
+struct StateArgs {
+  Memory memory;
+  Rows query;          // [B, H, n, m]
+  Rows key;            // [B, Hkv, n, m]
+  Rows value;          // [B, Hkv, n, Dv]
+  const float* decay;  // logarithms [Hkv] or [B, Hkv, n], contiguous; absent without decay
+  const float* beta;   // [B, Hkv, n], contiguous; absent without the delta rule
+  float* state;        // [B, Hkv, m, Dv], contiguous,
+  float* norm;         // and [B, Hkv, m]; absent unless normalised
+  float* out;          // [B, H, n, Dv], contiguous
+  float* lse;          // [B, H, n], contiguous
+  Rows grad_num;          // of gradients: float [B, H, n, Dv],
+  const float* grad_den;  // [B, H, n], contiguous; absent unless normalised,
+  float* grad_query;      // and results, as what they are of, contiguous
+  float* grad_key;
+  float* grad_value;
+  float* grad_decay;
+};
+
 struct Phase {
   int64_t (*items)(const void* args);
   void (*run)(const void* args, int64_t begin, int64_t end);  // items begin .. end - 1
@@ -102,7 +135,7 @@ struct Kernel {
   const Phase* phase;
 };
 
-enum class Op : int32_t { append_index, score_select, attend, combine };
+enum class Op : int32_t { append_index, score_select, attend, combine, state_step, state_chunk };
 enum class Type : int32_t { f32, f16, bf16 };
 
 struct Field {
@@ -128,10 +161,18 @@ struct Spec {
   bool window;
   bool page_lse;
   bool summaries;    // attend reads pages that are not listed by their records
-  bool page_logits;  // score_select returns what summaries need
+  bool page_logits;  // score_select returns what summaries need,
+  bool among;        // or chooses from each row's candidates
+  bool record_table;  // append_index writes records to rows of a table of their own,
+  bool fold;          // or records of records alone
   int64_t fields;
   const Field* field;  // the index fields written or read, in the order of the arguments
   int64_t count;       // reads that combine merges
+  bool decay;          // a state decays: each KV head by a constant,
+  bool gate;           // or each row by its own
+  bool delta;
+  bool normalised;
+  bool backward;  // state_chunk returns gradients
 };
 
 // Every variant of one kernel, the best instruction set first.

@@ -136,5 +136,26 @@ MEMCOMPILE_INLINE vec sums(const vec (&v)[LANES]) {
          _mm256_permute2f128_ps(four[0], four[1], 0x31);
 }
 
+// Lane j of v[i] becomes lane i of v[j].
+MEMCOMPILE_INLINE void transpose(vec (&v)[LANES]) {
+  vec quads[LANES];  // 4i + j: lanes j and j+4 of rows 4i .. 4i+3
+#pragma GCC unroll 2
+  for (int i = 0; i < LANES; i += 4) {
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(v[i], v[i + 1]));
+    const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(v[i], v[i + 1]));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(v[i + 2], v[i + 3]));
+    const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(v[i + 2], v[i + 3]));
+    quads[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+    quads[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+    quads[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+    quads[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    v[j] = _mm256_permute2f128_ps(quads[j], quads[j + 4], 0x20);
+    v[j + 4] = _mm256_permute2f128_ps(quads[j], quads[j + 4], 0x31);
+  }
+}
+
 }  // inline namespace MEMCOMPILE_SIMD
 }  // namespace memcompile

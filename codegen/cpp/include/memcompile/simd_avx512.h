@@ -129,5 +129,32 @@ MEMCOMPILE_INLINE vec sums(const vec (&v)[LANES]) {
   return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
 }
 
+// Lane j of v[i] becomes lane i of v[j].
+MEMCOMPILE_INLINE void transpose(vec (&v)[LANES]) {
+  vec quads[LANES];  // 4i + j: lanes j, j+4, j+8, j+12 of rows 4i .. 4i+3
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 4) {
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[i], v[i + 1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(v[i], v[i + 1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[i + 2], v[i + 3]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(v[i + 2], v[i + 3]));
+    quads[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    quads[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    quads[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    quads[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const vec a = _mm512_shuffle_f32x4(quads[j], quads[j + 4], 0x44);
+    const vec b = _mm512_shuffle_f32x4(quads[j], quads[j + 4], 0xee);
+    const vec c = _mm512_shuffle_f32x4(quads[j + 8], quads[j + 12], 0x44);
+    const vec d = _mm512_shuffle_f32x4(quads[j + 8], quads[j + 12], 0xee);
+    v[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+    v[j + 4] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    v[j + 8] = _mm512_shuffle_f32x4(b, d, 0x88);
+    v[j + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+
 }  // inline namespace MEMCOMPILE_SIMD
 }  // namespace memcompile

@@ -17,6 +17,34 @@ struct Dot<bf16> {
   MEMCOMPILE_INLINE vec add(vec sum, Operand a, Operand b) { return _mm512_dpbf16_ps(sum, a, b); }
 };
 
+// Pairs of elements, a pair of rows at once.
+template <>
+struct Outer<bf16> {
+  using Stored = bf16;
+  using Operand = __m512bh;
+  static constexpr int DEPTH = 2;
+
+  MEMCOMPILE_INLINE Operand spread(const bf16* p) {
+    int pair;
+    memcpy(&pair, p, 4);
+    return reinterpret_cast<Operand>(_mm512_set1_epi32(pair));
+  }
+  MEMCOMPILE_INLINE Operand load(const bf16* p) {
+    return reinterpret_cast<Operand>(_mm512_loadu_si512(p));
+  }
+  MEMCOMPILE_INLINE vec add(vec sum, Operand a, Operand b) { return _mm512_dpbf16_ps(sum, a, b); }
+  MEMCOMPILE_INLINE void join(const vec* rows, bf16* to) {
+    const __m512i low = _mm512_cvtepu16_epi32(narrow(rows[0], bf16{}));
+    const __m512i high = _mm512_cvtepu16_epi32(narrow(rows[1], bf16{}));
+    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  MEMCOMPILE_INLINE void part(const bf16* p, vec* rows) {
+    const __m512i pairs = _mm512_loadu_si512(p), upper = _mm512_set1_epi32(0xffff0000);
+    rows[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    rows[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
+  }
+};
+
 // Two rows at once: their elements are interleaved, and a weight is the pair of both rows'.
 template <>
 struct Mix<bf16> {

@@ -108,6 +108,23 @@ struct Mix {
   }
 };
 
+// Products of matrices, DEPTH elements of both at a time: of the left one, whose rows lie DEPTH by
+// DEPTH, `spread` repeats one group over all lanes; of the right one, DEPTH rows of which lie
+// interleaved, `load` takes LANES columns. Elements are kept as Stored.
+template <class T>
+struct Outer {
+  using Stored = float;
+  using Operand = vec;
+  static constexpr int DEPTH = 1;
+
+  MEMCOMPILE_INLINE Operand spread(const float* p) { return all(*p); }
+  MEMCOMPILE_INLINE Operand load(const float* p) { return memcompile::load(p); }
+  MEMCOMPILE_INLINE vec add(vec sum, Operand a, Operand b) { return fma(a, b, sum); }
+  // Interleaves LANES columns of DEPTH rows, and takes them apart.
+  MEMCOMPILE_INLINE void join(const vec* rows, float* to) { store(to, rows[0]); }
+  MEMCOMPILE_INLINE void part(const float* p, vec* rows) { rows[0] = memcompile::load(p); }
+};
+
 // Asks for the cache line of p into the first level, or, where p starts a line, for those that
 // start at p[begin] .. p[end - 1] into the second.
 template <class T>

@@ -130,5 +130,16 @@ MEMCOMPILE_INLINE vec sums(const vec (&v)[LANES]) {
   return vec{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])};
 }
 
+// Lane j of v[i] becomes lane i of v[j].
+MEMCOMPILE_INLINE void transpose(vec (&v)[LANES]) {
+  for (int i = 0; i < LANES; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float x = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = x;
+    }
+  }
+}
+
 }  // inline namespace MEMCOMPILE_SIMD
 }  // namespace memcompile
