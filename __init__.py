@@ -22,14 +22,14 @@ __all__ = ["compile", "explain", "policies"]
 
 def compile(
     model: nn.Module | ExportedProgram | str | PathLike[str],
-    policy: str = "scout",
+    policy: str | PathLike[str] = "scout",
     **options: Any,
 ) -> Engine:
     """Give every attention of `model` the memory that `policy` describes.
 
     Args:
         model: a module, an exported program, or a path to a file or folder that holds one.
-        policy: name of a memory policy, one of `policies()`.
+        policy: name of a memory policy, one of `policies()`, or the file of a fitted one.
         options: fields of the policy (``budget=2048``, ``page_size=64``, …), and those of
             `memcompile.compiler.pipeline.build`: ``max_context``, ``strict``, ``check``.
 
@@ -50,7 +50,7 @@ def compile(
 def explain(
     model: nn.Module | ExportedProgram | str | PathLike[str],
     tokens: Tensor | None = None,
-    policy: str = "scout",
+    policy: str | PathLike[str] = "scout",
     **options: Any,
 ) -> Report:
     """What `policy` makes of each attention of `model`, and why not of the others.

@@ -27,7 +27,7 @@ def memcompile(
     Args:
         gm, example_inputs: what Dynamo hands to a backend.
         mode: as for Inductor, forwarded.
-        options: ``policy`` and the fields of that policy.
+        options: ``policy``, by name or file, and the fields of that policy.
 
     Raises:
         ValueError: an unknown policy or option; the message lists the known ones.
@@ -35,11 +35,11 @@ def memcompile(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    from ..models.memory import preset
+    from .policy_file import choose
 
     given = dict(options or {})
     policy = given.pop("policy", "scout")
-    preset(policy, **given)
+    choose(policy, given)
     count = attentions(gm)
     if count:
         log.info(

@@ -1,4 +1,4 @@
-"""The command line: `memcompile MODEL` builds, `inspect` looks, `run` generates, `eval` judges."""
+"""The command line: `memcompile MODEL` builds, and what else there is to do with a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -48,6 +47,7 @@ class Commands(click.Group):
         formatter.write_usage("memcompile", "inspect MODEL [OPTIONS]", prefix="       ")
         formatter.write_usage("memcompile", "run DIR [OPTIONS]", prefix="       ")
         formatter.write_usage("memcompile", "eval MODEL_OR_DIR [OPTIONS]", prefix="       ")
+        formatter.write_usage("memcompile", "distill MODEL --data FILE", prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         self.commands["build"].format_options(ctx, formatter)
@@ -104,17 +104,26 @@ def commands() -> None:
     """
 
 
-@commands.command(hidden=True)
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--policy", default="scout", show_default=True, metavar="NAME")
-@click.option("--budget", type=int, metavar="N", help="Tokens a query reads: --set budget=N.")
-@click.option(
+_settings = click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="FIELD=VALUE",
     help="Set a field of the policy; may be repeated.",
 )
+
+
+@commands.command(hidden=True)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--policy",
+    default="scout",
+    show_default=True,
+    metavar="POLICY",
+    help="A policy's name, as in scout:budget=512, or the file of a fitted one.",
+)
+@click.option("--budget", type=int, metavar="N", help="Tokens a query reads: --set budget=N.")
+@_settings
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -145,7 +154,8 @@ def build(
     as_json: bool,
 ) -> None:
     """Build MODEL with a policy and write the result to a folder."""
-    options = policy_options(policy, settings, budget=budget, max_context=max_context)
+    policy, fields = split_spec(policy)
+    options = policy_options(policy, [*fields, *settings], budget=budget, max_context=max_context)
     target = out or Path(default_name(model, policy))
     from .package import check_target, write
     from .pipeline import build as build_model
@@ -173,9 +183,17 @@ def build(
 
 @commands.command()
 @click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="POLICY",
+    help="A policy to show; may be repeated. [default: each, without options]",
+)
 @_loading
 def inspect(
     model: Path,
+    policies: tuple[str, ...],
     arch: str | None,
     arch_config: Path | None,
     trust_pickle: bool,
@@ -183,20 +201,28 @@ def inspect(
     as_json: bool,
 ) -> None:
     """Show MODEL's attentions and what each policy would make of them; write nothing."""
-    from ..models.memory import PRESETS
+    from ..models.memory import PRESETS, Mixture
     from .capture import capture
     from .pipeline import build_captured
+    from .policy_file import choose
     from .report import comparison
+
+    wanted = parse_policies(policies) or {
+        # A mixture is of other policies: without them it is dense.
+        name: (name, {})
+        for name, kind in PRESETS.items()
+        if kind is not Mixture
+    }
 
     loaded, _ = _load(model, arch, arch_config, trust_pickle)
     captured = capture(loaded.model, max_context=max_context)
     captured.name = _absolute(model).name
     reports: dict[str, Report] = {}
     refused = False
-    for name, preset in PRESETS.items():
+    for name, (kind, options) in wanted.items():
         compiled = build_captured(
             captured,
-            preset(),
+            choose(kind, options),
             max_context=max_context,
             strict=False,
             check=False,
@@ -213,11 +239,14 @@ def inspect(
 
 
 def default_name(model: Path, policy: str) -> str:
-    """`model.pt` -> `model.scout`; a folder keeps its whole name, dots included."""
+    """`model.pt` -> `model.scout`; a folder keeps its whole name, dots included. A policy file
+    gives its name without the suffix."""
+    from .policy_file import policy_name
+
     path = _absolute(model)
     known = (".pt", ".pt2", ".pth", ".bin", ".ckpt", ".safetensors")
     stem = path.stem if path.suffix in known and not path.is_dir() else path.name
-    return f"{stem}.{policy}"
+    return f"{stem}.{policy_name(policy)}"
 
 
 def _absolute(path: Path) -> Path:
@@ -233,12 +262,15 @@ def policy_options(
     Raises:
         BadInput: unknown policy or field, a value of another type, or a field given twice.
     """
-    from ..models.memory import PRESETS, preset
+    from ..models.memory import PRESETS, parse_value, preset
+    from .policy_file import is_file, read_policy
 
-    if policy not in PRESETS:
+    held = read_policy(Path(policy)) if is_file(policy) else None
+    kind = policy if held is None else held.preset
+    if kind not in PRESETS:
         raise BadInput(f"unknown policy {policy!r}{_nearest(policy, PRESETS)}")
-    types = {**typing.get_type_hints(PRESETS[policy]), **BUILD_OPTIONS}
-    own = [field.name for field in dataclasses.fields(PRESETS[policy])]
+    types = {**typing.get_type_hints(PRESETS[kind]), **BUILD_OPTIONS}
+    own = [field.name for field in dataclasses.fields(PRESETS[kind])]  # type: ignore[arg-type]
     known = [*own, *BUILD_OPTIONS]
     options: dict[str, Any] = {}
     given = [*settings]
@@ -253,35 +285,29 @@ def policy_options(
             raise BadInput(f"policy {policy!r} has no option {name!r}{_nearest(name, known)}")
         if name in options:
             raise BadInput(f"option {name!r} is given twice")
-        options[name] = parse_value(name, text.strip(), types[name])
+        try:
+            options[name] = parse_value(name, text.strip(), types[name])
+        except ValueError as error:
+            raise BadInput(str(error)) from None
     # A value out of range is refused here, before the model is read.
-    preset(policy, **{name: value for name, value in options.items() if name in own})
+    fields = {name: value for name, value in options.items() if name in own}
+    if held is None:
+        preset(kind, **fields)
+    else:
+        held.with_options(fields)
     return options
 
 
-def parse_value(name: str, text: str, kind: Any) -> Any:
-    """`text` as a value of `kind`, a type or a union of types (None is written `none`).
+def split_spec(spec: str) -> tuple[str, list[str]]:
+    """`scout:budget=512,page_size=32` -> the policy and its settings; the same with the path of a
+    policy file."""
+    from ..models.memory import split_policy
+    from .policy_file import SUFFIX, is_file
 
-    Raises:
-        BadInput: it is none of them.
-    """
-    kinds = typing.get_args(kind) or (kind,)
-    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-    if NoneType in kinds and text.lower() == "none":
-        return None
-    if bool in kinds and text.lower() in words:
-        return words[text.lower()]
-    for number in (int, float):
-        if number in kinds:
-            try:
-                return number(text)
-            except ValueError:
-                continue
-    if str in kinds:
-        return text
-    spelled = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "none"}
-    expected = " or ".join(spelled.get(k, str(k)) for k in kinds)
-    raise BadInput(f"option {name!r}: expected {expected}, got {text!r}")
+    path, colon, fields = spec.strip().rpartition(f"{SUFFIX}:")
+    if colon:
+        return path + SUFFIX, split_policy(f":{fields}")[1]
+    return (spec.strip(), []) if is_file(spec.strip()) else split_policy(spec)
 
 
 @commands.command()
@@ -488,28 +514,34 @@ def evaluate(
 
 
 def parse_policies(specs: Iterable[str]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """`scout:budget=512,dense_layers=0` -> its name, preset and options; by the text given.
+    """`scout:budget=512,dense_layers=0` -> its name in figures, the policy and its options.
 
     Raises:
         BadInput: unknown policy or field, a value of another type, or a policy given twice.
     """
+    from .policy_file import policy_name
+
     chosen: dict[str, tuple[str, dict[str, Any]]] = {}
     for spec in specs:
-        kind, _, fields = spec.strip().partition(":")
-        settings = [setting for setting in fields.split(",") if setting.strip()]
-        options = policy_options(kind, settings, budget=None, max_context=None)
+        policy, settings = split_spec(spec)
+        options = policy_options(policy, settings, budget=None, max_context=None)
         if "max_context" in options:
             raise BadInput(f"--policy {spec!r}: give --max-context, which holds for all policies")
         values = ",".join(f"{name}={_spelled(value)}" for name, value in sorted(options.items()))
-        name = f"{kind}:{values}" if values else kind
+        name = policy_name(policy)
+        name = f"{name}:{values}" if values else name
         if name in chosen:
             raise BadInput(f"policy {name!r} is given twice")
-        chosen[name] = (kind, options)
+        chosen[name] = (policy, options)
     return chosen
 
 
 def _spelled(value: Any) -> str:
     """A value as `parse_value` reads it."""
+    if isinstance(value, dict):
+        return "+".join(f"{name}={policy}" for name, policy in value.items())
+    if isinstance(value, tuple):
+        return "+".join(map(str, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
@@ -520,6 +552,124 @@ def parse_numbers(flag: str, text: str, kind: type[Any]) -> tuple[Any, ...]:
     except ValueError:
         spelled = {int: "whole numbers", float: "numbers"}[kind]
         raise BadInput(f"{flag}: expected {spelled} with commas between, got {text!r}") from None
+
+
+@commands.command("distill")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--policy",
+    default="hybrid",
+    show_default=True,
+    metavar="NAME[:FIELD=VALUE,...]",
+    help="A policy that gives layers a state.",
+)
+@_settings
+@click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Text to learn from; may be repeated.",
+)
+@click.option("--ids", is_flag=True, help="The text is token ids.")
+@click.option(
+    "--length",
+    type=click.IntRange(min=2),
+    default=2048,
+    show_default=True,
+    help="Tokens of a sequence.",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=2, show_default=True, help="Sequences a step."
+)
+@click.option("--steps", type=click.IntRange(min=1), default=400, show_default=True)
+@click.option(
+    "--lr",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.02,
+    show_default=True,
+    help="Highest learning rate.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(min=1),
+    default=25,
+    show_default=True,
+    metavar="N",
+    help="Steps that a run which is killed loses at most.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Policy file to write; MODEL.POLICY.safetensors in the current folder if not given.",
+)
+@click.option("--force", is_flag=True, help="Replace FILE if it is a policy file.")
+@_kernels
+@_loading
+def distill_(
+    model: Path,
+    policy: str,
+    settings: tuple[str, ...],
+    data: tuple[Path, ...],
+    ids: bool,
+    length: int,
+    batch: int,
+    steps: int,
+    lr: float,
+    seed: int,
+    checkpoint_every: int,
+    out: Path | None,
+    force: bool,
+    kernels: str | None,
+    arch: str | None,
+    arch_config: Path | None,
+    trust_pickle: bool,
+    max_context: int | None,
+    as_json: bool,
+) -> None:
+    """Fit the states that a policy gives MODEL's layers to the attention they replace.
+
+    The result is a policy file, which every --policy takes. An interrupted run is taken up again
+    by the same command.
+    """
+    from ..models.memory import preset
+    from .policy_file import is_file
+
+    policy, fields = split_spec(policy)
+    if is_file(policy):
+        raise BadInput(f"--policy {policy}: fitted already; give a policy by its name")
+    options = policy_options(policy, [*fields, *settings], budget=None, max_context=None)
+    if "max_context" in options:
+        raise BadInput("distill: max_context is no field of a policy; give --max-context")
+    from .distill import Given, check_libraries, check_out, distill, report
+
+    target = out or Path(f"{default_name(model, policy)}.safetensors")
+    check_libraries()
+    check_out(target, force)
+    text = "\n".join(_read_text(path) for path in data)
+    given = Given(
+        preset(policy, **options),
+        parse_ids(text) if ids else text,
+        length,
+        batch,
+        steps,
+        lr,
+        seed,
+        checkpoint_every,
+        kernels,
+    )
+    loaded, _ = _load(model, arch, arch_config, trust_pickle)
+    outcome = distill(loaded, _absolute(model).name, max_context, given, target)
+    if as_json:
+        _print_json(outcome.to_json())
+        return
+    _print(report(outcome))
+    for operation, why in outcome.references.items():
+        click.echo(f"not generated: {operation}: {why}")
+    click.echo(f"wrote {', '.join(str(path) for path in outcome.files)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

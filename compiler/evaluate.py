@@ -6,8 +6,7 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +30,8 @@ from ..models.memory.dense import Dense
 from ..models.networks.recall import library_text
 from .archive import one_line
 from .package import read as read_package
+from .policy_file import FittedPolicy, choose
+from .progress import bar
 from .settings import kernels as kernels_setting
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from .capture import Captured
     from .load import Loaded
 
-FORMAT, VERSION = "memcompile-evaluation", 1
+FORMAT, VERSION = "memcompile-evaluation", 2
 SUMMARY, TABLE = "summary.json", "table.md"
 
 
@@ -48,7 +49,7 @@ class Given:
     """What the command line said, beside the model.
 
     Attributes:
-        policies: by the name that the figures carry: the preset's name and its options.
+        policies: by the name that the figures carry: the preset's name, or its file, and options.
         tasks, lengths: None: the defaults.
         text: files that filler and text loss are taken from.
         wording: name of a profile; None: by the tokenizer.
@@ -88,11 +89,16 @@ class Subject:
 
 @dataclass
 class Outcome:
-    """What an evaluation found, and the files it left."""
+    """What an evaluation found, and the files it left.
+
+    Attributes:
+        notes: what a reader has to know of a policy, and what is not so of dense too.
+    """
 
     rows: list[Row]
     title: str
     settings: dict[str, Any]
+    notes: list[str]
     files: list[Path] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -101,6 +107,7 @@ class Outcome:
             "version": VERSION,
             "title": self.title,
             "settings": self.settings,
+            "notes": self.notes,
             "rows": [row.to_json() for row in self.rows],
         }
 
@@ -208,7 +215,7 @@ def evaluate(subject: Subject, given: Given, folder: Path) -> Outcome:
         "memcompile": __version__,
         "torch": torch.__version__,
         "model": {"name": subject.name, "sha256": subject.sha256},
-        "policies": {name: chosen.to_json() for name, chosen in presets.items()},
+        "policies": {name: _described(chosen) for name, chosen in presets.items()},
         "plan": plan.to_json(),
         **about,
         "kernels": kernels_setting(given.kernels),
@@ -216,20 +223,24 @@ def evaluate(subject: Subject, given: Given, folder: Path) -> Outcome:
     }
     # All that may be refused comes before the folder is written to.
     check_folder(folder, settings)
-    contenders = _contenders(subject, presets, given.kernels)
+    contenders, notes = _contenders(subject, presets, given.kernels)
     prepare(plan, source, contenders)
     with open_records(folder, settings) as records:
         keys = [item.key(contender.name) for item, contender in expected(plan, contenders)]
         try:
-            with _progress(sum(key not in records.done for key in keys)) as advance:
-                run(plan, source, contenders, records, advance)
+            with bar(sum(key not in records.done for key in keys)) as advance:
+
+                def told(item: Item, policy: str) -> None:
+                    advance(f"{item.task} {item.length} {policy}")
+
+                run(plan, source, contenders, records, told)
         except KeyboardInterrupt:
             kept = f"{len(records.done)} of {len(keys)} are kept in {folder}"
             print(f"{kept}; the same command goes on", file=sys.stderr)
             raise
         done = [*records.done.values()]
     title = f"{subject.name}: {', '.join(plan.tasks)}"
-    outcome = Outcome(summarise(plan, contenders, done), title, settings)
+    outcome = Outcome(summarise(plan, contenders, done), title, settings, notes)
     outcome.files = _write(outcome, done, folder)
     return outcome
 
@@ -249,13 +260,13 @@ def check_libraries() -> None:
 
 def report(outcome: Outcome) -> Group:
     """The rows as a table."""
-    return table(outcome.rows, outcome.title)
+    return table(outcome.rows, outcome.title, outcome.notes)
 
 
 def _presets(subject: Subject, given: Given) -> dict[str, Preset]:
     """By name, dense first."""
     policies: dict[str, Preset]
-    policies = {name: preset(kind, **options) for name, (kind, options) in given.policies.items()}
+    policies = {name: choose(kind, options) for name, (kind, options) in given.policies.items()}
     if not policies and subject.preset is not None:
         policies = {subject.preset.to_json()["preset"]: subject.preset}
     dense = [name for name, chosen in policies.items() if isinstance(chosen, Dense)]
@@ -267,9 +278,15 @@ def _presets(subject: Subject, given: Given) -> dict[str, Preset]:
             f"{DENSE!r}, got {found}; give --policy, as in --policy scout:budget=512"
         )
     # Pages of one size let dense share what the others have read.
-    size = next(iter(others.values())).to_json()["page_size"]
+    size = next(iter(others.values())).memory(0, 0).page_size
     reference = policies[dense[0]] if dense else preset(DENSE, page_size=size)
     return {DENSE: reference, **others}
+
+
+def _described(chosen: Preset) -> dict[str, Any]:
+    """All of a policy that figures depend on."""
+    about = chosen.to_json()
+    return about | {"fitted": chosen.sha256} if isinstance(chosen, FittedPolicy) else about
 
 
 def _source(subject: Subject, given: Given) -> tuple[Source, dict[str, Any]]:
@@ -322,12 +339,14 @@ def _vocabulary(captured: Captured) -> int:
 
 def _contenders(
     subject: Subject, presets: Mapping[str, Preset], kernels: str | None
-) -> list[Contender]:
+) -> tuple[list[Contender], list[str]]:
+    """Dense first; and notes on the others."""
     from rich.console import Console
 
     from .pipeline import build_captured
 
-    contenders = []
+    contenders: list[Contender] = []
+    notes: dict[str, list[str]] = {}
     with Console(stderr=True).status("compiling") as status:
         for name, chosen in presets.items():
             status.update(f"compiling {name}")
@@ -341,45 +360,16 @@ def _contenders(
             program = compiled.program
             assert program is not None
             contenders.append(Contender(name, compiled.engine, program.layouts, program.limit))
-    return contenders
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A bar on stderr with the time left, for `total` prompts."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("starting", total=total)
-
-        def advance(item: Item, policy: str) -> None:
-            progress.update(bar, description=f"{item.task} {item.length} {policy}", advance=1)
-
-        yield advance
+            notes[name] = compiled.report.notes
+    told = [f"{name}: {n}" for name, own in notes.items() for n in own if n not in notes[DENSE]]
+    return contenders, told
 
 
 def _write(outcome: Outcome, records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     from ..evaluation.plots import plot
 
     write_whole(folder / SUMMARY, json.dumps(outcome.to_json(), indent=1, allow_nan=False) + "\n")
-    write_whole(folder / TABLE, markdown(outcome.rows, outcome.title))
+    write_whole(folder / TABLE, markdown(outcome.rows, outcome.title, outcome.notes))
     return [folder / SUMMARY, folder / TABLE, *plot(outcome.rows, records, folder)]
 
 

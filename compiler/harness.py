@@ -15,6 +15,7 @@ from .evaluate import FileTokenizer, package_subject, subject_of
 from .load import load
 from .package import is_package
 from .pipeline import build_captured
+from .policy_file import choose, policy_name
 
 
 @register_model("memcompile")
@@ -23,7 +24,7 @@ class MemcompileLM(EngineLM):
 
     Args:
         path: a model, or a folder that memcompile wrote.
-        policy: name of a policy; None: the folder's own, dense for a model.
+        policy: name or file of a policy; None: the folder's own, dense for a model.
         max_length: as for `EngineLM`.
         max_context: as for `build`; of a model only.
         kernels: as for `build`.
@@ -58,7 +59,7 @@ class MemcompileLM(EngineLM):
         if policy is None and options:
             raise ValueError(f"{sorted(options)} are fields of a policy; give policy=NAME too")
         own = subject.preset if subject.preset is not None else preset("dense")
-        chosen = own if policy is None else preset(policy, **options)
+        chosen = own if policy is None else choose(policy, options)
         compiled = build_captured(
             subject.captured,
             chosen,
@@ -68,7 +69,7 @@ class MemcompileLM(EngineLM):
         )
         program = compiled.program
         assert program is not None
-        name = chosen.to_json()["preset"]
+        name = chosen.preset if policy is None else policy_name(policy)
         tokenizer = FileTokenizer(subject.tokenizer / "tokenizer.json")
         contender = Contender(name, compiled.engine, program.layouts, program.limit)
         super().__init__(contender, tokenizer, tokenizer.end, max_length)

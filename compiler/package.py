@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from ..models.memory import preset_from_json
 from .archive import one_line, read_program, rewrite
 from .folder import tokenizer_files
+from .policy_file import FittedPolicy, read_policy, write_policy
 
 if TYPE_CHECKING:
     from ..models.memory import Preset
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
 
 FORMAT = "memcompile"
 VERSION = 1
-_MANIFEST, _PROGRAM, _WEIGHTS, _REPORT = (
+_MANIFEST, _PROGRAM, _WEIGHTS, _POLICY, _REPORT = (
     "manifest.json",
     "program.pt2",
     "weights.safetensors",
+    "policy.safetensors",
     "report.json",
 )
 
@@ -107,7 +109,7 @@ class Package:
 
     Attributes:
         captured: the program with its weights.
-        preset: the policy it was compiled with.
+        preset: the policy it was compiled with, and what was fitted for it.
         max_context: as for `build`.
         sites: the attentions that were found then, as JSON values.
         version: of the memcompile that wrote it.
@@ -137,6 +139,14 @@ def read(path: str | Path) -> Package:
         chosen = preset_from_json(manifest["policy"])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / _MANIFEST}: damaged: its 'policy': {error}") from error
+    if _POLICY in manifest["files"]:
+        fitted = read_policy(folder / _POLICY)
+        if fitted.base != chosen:
+            raise ValueError(
+                f"{folder / _POLICY}: fitted for {fitted.to_json()}, where {_MANIFEST} says "
+                f"{chosen.to_json()}: damaged"
+            )
+        chosen = fitted
     program = read_program(folder / _PROGRAM)
     _pour(program, folder / _WEIGHTS, manifest["weights"])
     files = (manifest["files"][name]["sha256"] for name in (_PROGRAM, _WEIGHTS))
@@ -185,6 +195,8 @@ def _fill(folder: Path, compiled: Compiled, source: Path | None) -> None:
     stored, layout = _pack(weights)
     _save_tensors(stored, folder / _WEIGHTS)
     _save_program(captured.program, folder / _PROGRAM)
+    if isinstance(compiled.preset, FittedPolicy):
+        write_policy(folder / _POLICY, compiled.preset)
     (folder / _REPORT).write_text(json.dumps(compiled.report.to_json(), indent=1) + "\n")
     for file in tokenizer_files(source) if source is not None and source.is_dir() else []:
         shutil.copyfile(file, folder / file.name)

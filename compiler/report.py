@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.memory.spec import Memory
+from ..models.memory.spec import Memory, State
+from ..models.memory.state import state_features
 from ..models.memory.traffic import bytes_read
 from ..passes.result import Declined, MaskRule, Site
+from ..runtime.site_layout import SiteLayout
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 CONTEXTS = (8 * 1024, 128 * 1024)
+# What an entry of a site has beside the fields of `Site`, or in another form.
+_NOT_OF_SITES = ("memory", "step_bytes", "held_bytes", "window", "rule")
 
 
 @dataclass
@@ -90,6 +94,13 @@ class Report:
             return site.dense_bytes(context)
         return bytes_read(memory, site, context - 1, window=site.rule.window)
 
+    def held_bytes(self, site: Site, context: int) -> int:
+        """Bytes that `site` holds of `context` tokens when the last has read."""
+        memory = self.memories.get(site.name)
+        if memory is None:
+            return site.dense_bytes(context)
+        return layout_of(site, memory).held_bytes(context)
+
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values; `from_json` gives it back."""
         return {
@@ -108,6 +119,7 @@ class Report:
                         }
                         for context in CONTEXTS
                     },
+                    "held_bytes": {str(n): self.held_bytes(site, n) for n in CONTEXTS},
                 }
                 for site in self.sites
             ],
@@ -186,8 +198,16 @@ class Report:
         lines = list(dict.fromkeys(describe(memory) for memory in self.memories.values()))
         if not self.memories:
             lines.append("no attention was rewritten")
-        elif self.policy != "dense" and not any(m.selects for m in self.memories.values()):
+        elif self.policy != "dense" and not any(
+            m.selects or m.state for m in self.memories.values()
+        ):
             lines.append("with these options no attention skips a page: a step reads everything")
+        if self.memories:
+            held = (
+                f"{bytes_of(sum(self.held_bytes(s, n) for s in self.sites))} at {size_of(n)}"
+                for n in CONTEXTS
+            )
+            lines.append(f"held of a sequence: {', '.join(held)}")
         if self.declined:
             lines.append(f"declined: {len(self.declined)}")
             lines += [f"  - {declined}" for declined in self.declined]
@@ -229,30 +249,54 @@ def comparison(reports: dict[str, Report]) -> Group:
     from rich.text import Text
 
     first = next(iter(reports.values()))
-    table = Table(
-        title=f"{first.model}: bytes that a step would read, by policy", title_justify="left"
-    )
-    table.add_column("layer", justify="right")
-    table.add_column("name", overflow="fold")
-    table.add_column("heads", no_wrap=True)
-    table.add_column("reads", no_wrap=True)
-    for name in reports:
-        for context in CONTEXTS:
-            table.add_column(f"{name}\nat {size_of(context)}", justify="right", no_wrap=True)
+    sites = Table(title=f"{first.model}: {len(first.sites)} attentions", title_justify="left")
+    sites.add_column("layer", justify="right")
+    sites.add_column("name", overflow="fold")
+    sites.add_column("heads", no_wrap=True)
+    sites.add_column("reads", no_wrap=True)
     for site in first.sites:
-        row = _site_cells(site)
-        for report in reports.values():
-            row += [bytes_of(report.step_bytes(site, context)) for context in CONTEXTS]
-        table.add_row(*row)
-    lines = [f"{len(first.sites)} attentions"]
+        sites.add_row(*_site_cells(site))
+    policies = Table(
+        title="bytes that a step would read, and that a sequence would take, by policy",
+        title_justify="left",
+    )
+    policies.add_column("policy", overflow="fold")
+    for what in ("read", "held"):
+        for context in CONTEXTS:
+            policies.add_column(f"{what} at {size_of(context)}", justify="right", no_wrap=True)
+    lines = []
     for name, report in reports.items():
-        kinds = dict.fromkeys(describe(memory) for memory in report.memories.values())
-        lines.append(f"policy {name}: {'; '.join(kinds) or 'no step can be derived'}")
+        counts = [report.step_bytes, report.held_bytes] if report.memories else []
+        policies.add_row(
+            name,
+            *(
+                bytes_of(sum(count(site, context) for site in report.sites))
+                for count in counts
+                for context in CONTEXTS
+            ),
+        )
+        kinds = [describe(memory) for memory in report.memories.values()]
+        layers = [f"{kinds.count(kind)} of {len(kinds)} {kind}" for kind in dict.fromkeys(kinds)]
+        lines.append(f"policy {name}: {'; '.join(layers) or 'no step can be derived'}")
     if not first.memories:
         lines.append(f"declined: {len(first.declined)}")
         lines += [f"  - {declined}" for declined in first.declined]
     text = Text("\n".join(lines))
-    return Group(table, text) if first.sites else Group(text)
+    return Group(sites, policies, text) if first.sites else Group(text)
+
+
+def layout_of(site: Site, memory: Memory) -> SiteLayout:
+    """What the state holds for an attention under a memory."""
+    return SiteLayout(
+        site.name,
+        site.kv_heads,
+        site.key_dim,
+        site.value_dim,
+        site.dtype,
+        memory,
+        site.rule.window,
+        state_features(memory, site.key_dim) if memory.state else 0,
+    )
 
 
 @contextmanager
@@ -265,15 +309,31 @@ def stage(timings: dict[str, float], name: str) -> Iterator[None]:
 
 def describe(memory: Memory) -> str:
     """A memory in one line."""
+    if memory.state is not None:
+        return f"{memory.name}: the last {memory.own_window} tokens, {_state(memory.state)}"
     if not memory.selects:
         return f"{memory.name}: every page of {memory.page_size}"
-    assert memory.select is not None and memory.score is not None
-    parts = [f"{memory.budget_pages} pages of {memory.page_size} by {memory.score.kind}"]
-    if memory.compensate:
+    pages = f"{memory.budget_pages} pages of {memory.page_size}"
+    if memory.score is not None:
+        pages += f" by {memory.score.kind}"
+    parts = [f"{pages} by attention mass" if memory.account is not None else pages]
+    if memory.levels:
+        sizes = ", ".join(map(str, memory.levels))
+        parts.append(f"the rest in summaries of {sizes} tokens")
+    elif memory.compensate:
         parts.append("compensated")
+    if memory.evict is not None:
+        parts.append("other pages are freed")
     if memory.dense_below:
         parts.append(f"dense below {memory.dense_below}")
     return f"{memory.name}: {', '.join(parts)}"
+
+
+def _state(state: State) -> str:
+    joined = "in one softmax with them" if state.normalised else "joined by a gate"
+    decay = {"none": "no decay", "constant": "a decay a head", "gate": "a decay a token"}
+    how = f"{state.feature_map} features, {state.write} write, {decay[state.decay]}"
+    return f"and a state {joined} ({how})"
 
 
 def size_of(tokens: int) -> str:
@@ -299,7 +359,7 @@ def _site_cells(site: Site) -> list[str]:
 
 
 def _site(entry: dict[str, Any]) -> Site:
-    values = {k: v for k, v in entry.items() if k not in ("memory", "step_bytes", "window", "rule")}
+    values = {k: v for k, v in entry.items() if k not in _NOT_OF_SITES}
     values["rule"] = MaskRule(entry["rule"], entry["window"])
     values["dtype"] = getattr(torch, entry["dtype"])
     return Site(**values)

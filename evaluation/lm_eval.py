@@ -191,12 +191,13 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     def _count(self, branch: Engine, first: int, run: Any) -> None:
         counts = measured(branch, run)
         last = first + counts.tokens
-        if self.contender.selecting and last <= self.contender.reads_all_below and not self._told:
+        exact = self.contender.reads_all_below
+        if exact is not None and last <= exact and not self._told:
             self._told = True
             _log.warning(
                 "policy %r reads everything up to %d tokens, and a request has %d: such requests "
                 "say nothing about the policy",
-                *(self.contender.name, self.contender.reads_all_below, last),
+                *(self.contender.name, exact, last),
             )
         counts = replace(counts, pages_allowed=self.contender.pages_allowed(first, counts.tokens))
         check(self.contender, first, counts)

@@ -1,4 +1,4 @@
-"""Two pictures: quality against bytes read, and where needles are found."""
+"""Pictures: quality against bytes read and held, where needles are found, how a fit went."""
 
 from __future__ import annotations
 
@@ -22,25 +22,37 @@ _PANELS_A_ROW = 4
 
 def plot(rows: Sequence[Row], records: Iterable[Mapping[str, Any]], folder: Path) -> list[Path]:
     """Draws what the rows and records allow; returns the files, each written whole."""
-    figures = {"quality-against-bytes": quality(rows)}
+    figures = {
+        "quality-against-bytes": quality(rows, "read"),
+        "quality-against-memory": quality(rows, "held"),
+    }
     kept = [*records]
     for task in dict.fromkeys(record["task"] for record in kept):
         if task in TASKS and TASKS[task].deep:
             figures[f"needles-{task}"] = needles(task, rows, kept)
-    written = []
-    for name, figure in figures.items():
-        for kind in FORMATS:
-            drawn = io.BytesIO()
-            # No date inside: equal records give equal files.
-            metadata = {"Date": None} if kind == "svg" else None
-            figure.savefig(drawn, format=kind, dpi=120, metadata=metadata)
-            written.append(folder / f"{name}.{kind}")
-            write_whole(written[-1], drawn.getvalue())
-    return written
+    return [
+        save(figure, folder / f"{name}.{kind}")
+        for name, figure in figures.items()
+        for kind in FORMATS
+    ]
 
 
-def quality(rows: Sequence[Row]) -> Figure:
-    """A panel a task: score (or loss) of each policy over the bytes that a token reads."""
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a figure whole, in the format of the path's suffix."""
+    drawn, kind = io.BytesIO(), path.suffix.removeprefix(".")
+    # No date inside: equal records give equal files.
+    metadata = {"Date": None} if kind == "svg" else None
+    figure.savefig(drawn, format=kind, dpi=120, metadata=metadata)
+    write_whole(path, drawn.getvalue())
+    return path
+
+
+def quality(rows: Sequence[Row], against: str) -> Figure:
+    """A panel a task: score (or loss) of each policy over its bytes.
+
+    Args:
+        against: "read", the bytes that a token reads; "held", those that the memory takes.
+    """
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     tasks = [*dict.fromkeys(row.task for row in rows)]
@@ -53,12 +65,13 @@ def quality(rows: Sequence[Row]) -> Figure:
     for i, task in enumerate(tasks):
         axes = figure.add_subplot(down, across, i + 1)
         for row in rows:
-            if row.task != task or row.value is None or row.bytes_per_token is None:
+            size = row.bytes_per_token if against == "read" else row.resident_bytes
+            if row.task != task or row.value is None or size is None:
                 continue
             factor = 1 if task == TEXT_LOSS else 100
             middle = factor * row.value.mean
             axes.errorbar(
-                row.bytes_per_token,
+                size,
                 middle,
                 yerr=[[middle - factor * row.value.low], [factor * row.value.high - middle]],
                 color=f"C{policies.index(row.policy) % 10}",
@@ -72,7 +85,7 @@ def quality(rows: Sequence[Row]) -> Figure:
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(task)
-        axes.set_xlabel("bytes a token, index included")
+        axes.set_xlabel("bytes a token, index included" if against == "read" else "bytes held")
         if task == TEXT_LOSS:
             axes.set_ylabel("nats a token")
         else:
@@ -118,6 +131,28 @@ def needles(task: str, rows: Sequence[Row], records: Sequence[Mapping[str, Any]]
         for (y, x), value in np.ndenumerate(scores):
             shown = "-" if np.isnan(value) else f"{value:.0f}"
             axes.text(x, y, shown, ha="center", va="center", fontsize="small")
+    return figure
+
+
+def learning(curve: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """The error of each layer over the steps of a fit, on what was held out and on what was not.
+
+    Args:
+        curve: entries with ``step``, and by layer ``held_out`` and, but for the first, ``train``.
+    """
+    figure = _figure(7, 4.4)
+    axes = figure.add_subplot(1, 1, 1)
+    steps = [entry["step"] for entry in curve]
+    for i, layer in enumerate(curve[0]["held_out"]):
+        color = f"C{i % 10}"
+        axes.plot(steps, [entry["held_out"][layer] for entry in curve], color=color, label=layer)
+        seen = [entry["train"][layer] for entry in curve[1:]]
+        axes.plot(steps[1:], seen, color=color, linestyle=":", linewidth=1)
+    axes.set_yscale("log")
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.set_ylabel("relative squared error (dotted: training)")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     return figure
 
 

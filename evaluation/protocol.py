@@ -11,7 +11,7 @@ import torch
 
 from ..models.memory.traffic import pages_read
 from ..runtime.engine import Engine, Stats
-from ..runtime.memory_state import SiteLayout
+from ..runtime.site_layout import SiteLayout
 from .prompts import Prompt
 from .tokens import Tokenizer
 
@@ -42,23 +42,35 @@ class Contender:
         return [layout for layout in self.layouts if layout.memory.selects]
 
     @property
-    def kept_dense(self) -> int:
-        """Sites that read every page."""
-        return len(self.layouts) - len(self.selecting)
+    def stateful(self) -> list[SiteLayout]:
+        """The sites that hold a state, and read nothing beside it but a window."""
+        return [layout for layout in self.layouts if layout.memory.state is not None]
 
     @property
-    def reads_all_below(self) -> int:
-        """Contexts of up to this many tokens are read in full at some site that selects."""
-        return max((layout.memory.reads_all_below for layout in self.selecting), default=0)
+    def kept_dense(self) -> int:
+        """Sites that read every page."""
+        return len(self.layouts) - len(self.selecting) - len(self.stateful)
+
+    @property
+    def reads_all_below(self) -> int | None:
+        """Contexts of up to this many tokens are read in full everywhere; None: all are."""
+        exact = [layout.memory.reads_all_below for layout in self.selecting]
+        exact += [layout.memory.own_window for layout in self.stateful]
+        return min(exact, default=None)
 
     @property
     def budget(self) -> int | None:
-        """Tokens a query reads at the sites that select, the largest of them; None without one."""
+        """Tokens a query reads exactly at the sites that do not read all, the largest of them."""
         pages = [lay.memory.budget_pages * lay.memory.page_size for lay in self.selecting]
-        return max(pages, default=None)
+        return max([*pages, *(lay.memory.own_window for lay in self.stateful)], default=None)
 
     def serves(self, other: Contender) -> bool:
         """Whether what this one holds of a context is all that `other` has to hold of it."""
+        if self is other:
+            return True
+        if self.stateful or other.stateful:
+            # A state changes what later layers make of the context; its weights are not told here.
+            return False
         pairs = zip(self.layouts, other.layouts, strict=False)
         return len(self.layouts) == len(other.layouts) and all(a.serves(b) for a, b in pairs)
 
@@ -83,6 +95,8 @@ class Counts:
         pages_read, bytes_read: by the policy, index included.
         pages_dense, bytes_dense: what reading everything would have taken.
         pages_allowed: the most that the memories allow.
+        resident_bytes: what the memory took behind the answer, the largest over the questions.
+        state_bytes: the states among them.
     """
 
     tokens: int = 0
@@ -91,10 +105,15 @@ class Counts:
     bytes_read: int = 0
     bytes_dense: int = 0
     pages_allowed: int = 0
+    resident_bytes: int = 0
+    state_bytes: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         mine, others = asdict(self), asdict(other)
-        return Counts(**{name: mine[name] + others[name] for name in mine})
+        summed = {name: mine[name] + others[name] for name in mine}
+        # Questions are asked one after another, each of a copy of its own.
+        held = {name: max(mine[name], others[name]) for name in ("resident_bytes", "state_bytes")}
+        return Counts(**{**summed, **held})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -155,11 +174,12 @@ def answer(contender: Contender, prompt: Prompt, tokenizer: Tokenizer) -> Answer
 
 
 def measured(engine: Engine, run: Callable[[], None]) -> Counts:
-    """What `run` makes the engine read."""
+    """What `run` makes the engine read, and what its memory takes then."""
     before = _snapshot(engine.stats())
     run()
-    after = _snapshot(engine.stats())
-    return Counts(*(b - a for a, b in zip(before, after, strict=True)))
+    stats = engine.stats()
+    read = (b - a for a, b in zip(before, _snapshot(stats), strict=True))
+    return Counts(*read, resident_bytes=stats.resident_bytes, state_bytes=stats.state_bytes)
 
 
 def check(contender: Contender, context: int, counts: Counts) -> None:

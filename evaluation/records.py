@@ -125,16 +125,21 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: damaged JSON: {error}") from error
     if not isinstance(held, dict):
         raise ValueError(f"{path}: not the settings of an evaluation")
-    was, now = _flat(held), _flat(settings)
-    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-    if names:
-        told = "; ".join(
-            f"{name} was {_short(was.get(name))}, is {_short(now.get(name))}" for name in names
-        )
+    told = differences(held, settings)
+    if told:
         raise ValueError(
             f"{path.parent}: holds another evaluation ({told}); give another --out, or the same "
             "command to go on with that one"
         )
+
+
+def differences(held: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """What differs between settings that were kept and those at hand, or nothing."""
+    was, now = _flat(held), _flat(_plain(settings))
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    return "; ".join(
+        f"{name} was {_short(was.get(name))}, is {_short(now.get(name))}" for name in names
+    )
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -112,15 +112,17 @@ class Source:
 
 def skips(contender: Contender, length: int) -> bool:
     """Whether a policy has anything to skip in prompts of that length."""
-    return bool(contender.selecting) and length > contender.reads_all_below
+    exact = contender.reads_all_below
+    return exact is not None and length > exact
 
 
 def prepare(plan: Plan, source: Source, contenders: Sequence[Contender]) -> None:
     """Refuse, before anything is run, what cannot be asked.
 
     Raises:
-        ValueError: no "dense" first, two policies of one name, a policy that selects nowhere or at
-            none of the lengths, a length the model cannot hold, or a task that does not fit one.
+        ValueError: no "dense" first, two policies of one name, a policy that reads everything, at
+            every layer or at every length, a length the model cannot hold, or a task that does not
+            fit one.
     """
     names = [contender.name for contender in contenders]
     if names[:1] != [DENSE] or len(set(names)) != len(names):
@@ -134,7 +136,7 @@ def prepare(plan: Plan, source: Source, contenders: Sequence[Contender]) -> None
             )
         if contender.name == DENSE:
             continue
-        if not contender.selecting:
+        if contender.reads_all_below is None:
             raise ValueError(
                 f"policy {contender.name!r} keeps all {len(contender.layouts)} attentions dense: "
                 "there is nothing to compare; give it a budget, and fewer dense layers"

@@ -32,7 +32,9 @@ class Row:
         bytes_per_token: read by one query token of question and answer, index included.
         pages_read, pages_dense, bytes_read, bytes_dense: over all of them, and what reading
             everything would have taken.
-        kept_dense, sites: attention sites that read everything, of all.
+        resident_bytes: what the memory took behind an answer, the largest over the prompts.
+        state_bytes: the states among them.
+        kept_dense, stateful, sites: attention sites that read everything, that hold a state, all.
         claim: whether the row is evidence about the policy.
         verdict: what it says, or why it says nothing.
     """
@@ -50,7 +52,10 @@ class Row:
     pages_dense: int
     bytes_read: int
     bytes_dense: int
+    resident_bytes: int
+    state_bytes: int
     kept_dense: int
+    stateful: int
     sites: int
     claim: bool
     verdict: str
@@ -105,6 +110,9 @@ def _row(
     def total(field: str) -> int:
         return sum(record.get(field, 0) for record in mine)
 
+    def largest(field: str) -> int:
+        return max((record[field] for record in mine), default=0)
+
     tokens, text_bytes = total("tokens"), total("text_bytes")
     claim, verdict = _verdict(task, length, contender, value, difference, [*reference.values()])
     return Row(
@@ -118,8 +126,8 @@ def _row(
         paired,
         total("bytes_read") / tokens if tokens else None,
         *(total("pages_read"), total("pages_dense"), total("bytes_read"), total("bytes_dense")),
-        contender.kept_dense,
-        len(contender.layouts),
+        *(largest("resident_bytes"), largest("state_bytes")),
+        *(contender.kept_dense, len(contender.stateful), len(contender.layouts)),
         claim,
         verdict,
     )

@@ -15,16 +15,22 @@ if TYPE_CHECKING:
 FOOT = (
     "The context is read densely, question and answer through the policy. Brackets: 95 % "
     "bootstrap intervals over prompts; differences are paired with dense on the same prompts. "
-    "Bytes: read by one token of question and answer, index included, over all layers. Pages: the "
-    "share of those that dense reads. Dense: layers that read every page. No claim is made where "
-    "dense itself does not succeed, or where the budget is above an eighth of the context."
+    "Bytes: read by one token of question and answer, index and states included, over all layers. "
+    "Held: what the memory takes behind the answer, free pages of its pools included. Pages: the "
+    "share of those that dense reads. Dense: layers that read every page; state: layers that hold "
+    "one, and read a window beside it. No claim is made where dense itself does not succeed, or "
+    "where the budget is above an eighth of the context."
 )
-_SCORE = ("task", "length", "policy", "score, %", "difference", "bytes", "pages", "dense")
+_LAYERS = ("dense", "state")
+_SCORE = (
+    *("task", "length", "policy", "score, %", "difference", "bytes", "held", "pages"),
+    *_LAYERS,
+)
 _LOSS = ("task", "length", "policy", "nats", "difference", "bits a byte", *_SCORE[5:])
 
 
-def table(rows: Sequence[Row], title: str) -> Group:
-    """The rows, a section for each task and length; long names of policies stand below."""
+def table(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> Group:
+    """The rows, a section for each task and length; what is one for a policy stands below."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -36,8 +42,8 @@ def table(rows: Sequence[Row], title: str) -> Group:
         grid = Table(
             title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
         )
-        grid.add_column("task, length, policy", no_wrap=True)
-        for head in heads[3:]:
+        grid.add_column("policy", no_wrap=True)
+        for head in heads[3 : -len(_LAYERS)]:
             grid.add_column(head, justify="right", no_wrap=True)
         grid.add_column("verdict", min_width=26)
         before: tuple[str, int] | None = None
@@ -50,18 +56,23 @@ def table(rows: Sequence[Row], title: str) -> Group:
             before = place
             # What no claim can be made of stands back.
             style = None if row.claim or row.difference is None else "dim"
-            grid.add_row(f"  {labels[row.policy]}", *_cells(row)[3:], style=style)
+            cells = _cells(row)[3:]
+            cells = (*cells[: -1 - len(_LAYERS)], cells[-1])
+            grid.add_row(f"  {labels[row.policy]}", *cells, style=style)
         shown.append(grid)
-    named = [f"{label}: {name}" for name, label in labels.items() if label != name]
-    return Group(*shown, *(Text(line) for line in (*named, FOOT)))
+    named = {row.policy: _named(labels[row.policy], row) for row in rows}
+    lines = (*named.values(), *(f"note: {note}" for note in notes), FOOT)
+    return Group(*shown, *(Text(line) for line in lines))
 
 
-def markdown(rows: Sequence[Row], title: str) -> str:
+def markdown(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> str:
     """The same as a Markdown document."""
     lines = [f"# {title}", ""]
     for heads, part in _parts(rows):
         lines += [f"| {' | '.join([*heads, 'verdict'])} |", "|---" * (len(heads) + 1) + "|"]
         lines += [f"| {' | '.join(_cells(row))} |" for row in part] + [""]
+    for note in notes:
+        lines += [f"Note: {note}.", ""]
     return "\n".join([*lines, FOOT, ""])
 
 
@@ -83,6 +94,14 @@ def _labels(policies: Sequence[str]) -> dict[str, str]:
     }
 
 
+def _named(label: str, row: Row) -> str:
+    """A policy's full name, and what it makes of the layers."""
+    layers = [f"{row.kept_dense} of {row.sites} layers dense"] if row.kept_dense else []
+    layers += [f"{row.stateful} of {row.sites} with a state"] if row.stateful else []
+    parts = [*([row.policy] if row.policy != label else []), *layers]
+    return f"{label}: {'; '.join(parts) or 'no layer dense'}"
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     loss = row.task == TEXT_LOSS
     factor, places = (1, 3) if loss else (100, 1)
@@ -95,8 +114,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         _interval(row.difference, factor, places, "+"),
         *((bits,) if loss else ()),
         _bytes(row.bytes_per_token),
+        _bytes(row.resident_bytes if row.prompts else None),
         f"{row.pages_read / row.pages_dense:.1%}" if row.pages_dense else "-",
-        f"{row.kept_dense}/{row.sites}",
+        *(f"{count}/{row.sites}" for count in (row.kept_dense, row.stateful)),
         row.verdict,
     )
 

@@ -58,6 +58,18 @@ def test_the_command_of_the_evaluation_guide_runs(
     assert (folder / "out/table.md").is_file()
 
 
+def test_the_commands_of_the_distillation_guide_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from memcompile.compiler.cli import main
+
+    (block,) = blocks((ROOT / "docs/distill.md").read_text(), "bash")
+    for line in block.replace("\\\n", " ").splitlines():
+        assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    assert (folder / "fitted/policy.safetensors").is_file()
+    assert (folder / "fitted.losses.png").is_file()
+
+
 def test_the_python_of_the_evaluation_guide_runs(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

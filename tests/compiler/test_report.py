@@ -10,8 +10,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from memcompile.compiler.report import CONTEXTS, Report, bytes_of, comparison, size_of
-from memcompile.models.memory import preset
+from memcompile.compiler.report import (
+    CONTEXTS,
+    Report,
+    bytes_of,
+    comparison,
+    describe,
+    size_of,
+)
+from memcompile.models.memory import parse_policy, preset
 from memcompile.passes.result import Declined, MaskRule, Site
 
 SITE = Site(
@@ -112,6 +119,9 @@ def test_a_policy_that_skips_nothing_is_not_passed_over() -> None:
     everything = preset("scout", dense_layers=9)
     idle = report(memories={s.name: everything.memory(s.layer, 0) for s in skipping.sites})
     assert "reads everything" in str(idle) and "reads everything" not in str(skipping)
+    hybrid = preset("hybrid", state_layers=(2,))
+    states = report(memories={s.name: hybrid.memory(s.layer, 0) for s in skipping.sites})
+    assert "reads everything" not in str(states) and "held of a sequence" in str(states)
 
 
 def test_nothing_rewritten_is_said() -> None:
@@ -125,6 +135,74 @@ def test_policies_stand_side_by_side() -> None:
     shown = text.get()
     for part in ("3 attentions", "one", "two", "6/2×32:48", "policy two: no step can be derived"):
         assert part in shown
+    assert "policy one: 2 of 3 dense: every page of 64; 1 of 3 scout: 32 pages of 64" in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("│ one")]
+    cells = [cell.strip() for cell in line.split("│")[2:-1]]
+    one = report()
+    assert cells == [
+        bytes_of(sum(counted(site, context) for site in one.sites))
+        for counted in (one.step_bytes, one.held_bytes)
+        for context in CONTEXTS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        ("dense", "dense: every page of 64"),
+        ("scout", "scout: 32 pages of 64 by mean-std, compensated"),
+        ("scout:min_context=4096", "mean-std, compensated, dense below 4096"),
+        (
+            "hierarchical",
+            "hierarchical: 22 pages of 64 by mean-std, the rest in summaries of 64, 512, 4096 "
+            "tokens",
+        ),
+        (
+            "hierarchical:refine=0,keep=no,levels=64",
+            "hierarchical: 6 pages of 64, the rest in summaries of 64 tokens, other pages are "
+            "freed",
+        ),
+        ("window", "window: 18 pages of 64, other pages are freed"),
+        ("heavy-hitter", "32 pages of 64 by attention mass, other pages are freed"),
+        ("quest", "quest: 128 pages of 16 by box"),
+        (
+            "hybrid:state_layers=9",
+            "hybrid: the last 64 tokens, and a state in one softmax with them (softmax features, "
+            "additive write, no decay)",
+        ),
+        (
+            "hybrid:state_layers=9,write=delta,decay=gate,feature_map=identity",
+            "and a state joined by a gate (identity features, delta write, a decay a token)",
+        ),
+        ("mixture:layers=9=quest", "quest: 128 pages of 16 by box"),
+    ],
+)
+def test_a_memory_is_told_in_a_line(policy: str, text: str) -> None:
+    assert describe(parse_policy(policy).memory(9, 0)).endswith(text)
+
+
+def test_what_is_held_of_a_sequence() -> None:
+    """Keys and values of 2 heads in 16 bits; a page has 64 tokens."""
+    page = 64 * 2 * (32 + 48) * 2
+
+    def held(policy: str, context: int, window: int = 0) -> int:
+        rule = MaskRule("window", window) if window else MaskRule("causal")
+        site = replace(SITE, layer=9, rule=rule)
+        memory = parse_policy(policy).memory(9, window)
+        return report(memories={site.name: memory}).held_bytes(site, context)
+
+    assert held("dense", 8192) == 128 * page and held("dense", 8200) == 129 * page
+    assert held("window", 8192) == held("window", 131072) == (1 + 16 + 1) * page
+    assert held("window", 128) == 2 * page
+    assert held("scout", 8192, window=512) == 8 * page
+    # Records of mean, std, mean value and count; the account, a number a page.
+    assert held("scout", 8192) == 128 * (page + 2 * (2 * (32 + 32 + 48) + 4))
+    assert held("heavy-hitter", 131072) == 32 * page + 2 * 4 * 2048
+    assert held("hybrid:state_layers=9", 8192) == 2 * page + 4 * 2 * 64 * (48 + 1)
+    # What is far is held in groups of 4096 alone.
+    near, far = (held("hierarchical:refine=0,keep=no", n) for n in (65536, 131072))
+    assert far - near == 16 * 2 * (2 * (32 + 48) + 4) < near < 8 * page
+    assert report(memories={}).held_bytes(SITE, 8192) == SITE.dense_bytes(8192)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from eval_case import CHECKPOINT, SMALL, silently_dense
 
 from memcompile.compiler import evaluate, pipeline
-from memcompile.compiler.cli import main, parse_numbers, parse_policies
+from memcompile.compiler.cli import BadInput, main, parse_numbers, parse_policies
 from memcompile.evaluation.records import RECORDS, SETTINGS
 from memcompile.models.networks import induction
 
@@ -78,6 +78,32 @@ def test_an_evaluation_leaves_records_tables_and_pictures(say: Any, network: Pat
     assert code == 0 and found == json.loads(Path("induction.eval/summary.json").read_text())
     assert len(found["rows"]) == 4 and all(row["value"]["mean"] == 1 for row in found["rows"])
     assert Path("induction.eval", RECORDS).read_bytes() == before
+
+
+@pytest.mark.usefixtures("captured_once")
+def test_memories_of_several_kinds_and_page_sizes_stand_beside_dense(
+    say: Any, network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nested = POLICY.replace(",", ";")
+    policies = [
+        "hierarchical:refine=32,levels=8+64,sinks=8,window=16,dense_layers=0",
+        f"mixture:layers=0=dense+1=quest:budget=64;dense_layers=0,default={nested}",
+        f"hybrid:state_layers=1,window=16,rest={nested}",
+    ]
+    monkeypatch.setattr(evaluate, "_write", lambda *outcome: [])
+    given = [word for policy in policies for word in ("--policy", policy)]
+    quick = ["--lengths", "640", "--depths", "1", "--samples", "1", "--start", "0"]
+    code, out, err = say("eval", network, *given, *quick, "--tasks", "single", "--out", "out")
+    assert code == 0, err
+    records = {record["policy"].partition(":")[0]: record for record in kept("out")}
+    assert [*records] == ["dense", "hierarchical", "mixture", "hybrid"]
+    assert all(record["resident_bytes"] > 0 for record in records.values())
+    assert [name for name, record in records.items() if record["state_bytes"]] == ["hybrid"]
+    pages = {name: record["pages_dense"] for name, record in records.items()}
+    assert pages["dense"] == pages["hierarchical"] > pages["mixture"]
+    assert out.count("; 1 of 2 layers dense") == 1 and "; 1 of 2 with a state" in out
+    assert out.count("note: ") == out.count("are not fitted: what they read is not") == 1
+    assert "note: hybrid:rest=scout:" in out
 
 
 @pytest.mark.usefixtures("captured_once")
@@ -189,6 +215,11 @@ def test_another_evaluation_in_the_folder_is_refused(
     before = Path("out", RECORDS).read_bytes()
     code, _, err = say(*asked, "--seed", "1")
     assert code == 2 and "(plan.seed was 0, is 1)" in err
+    # What an earlier format's records lack cannot be made up for.
+    settings = Path("out", SETTINGS)
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "version": 1}))
+    code, _, err = say(*asked)
+    assert code == 2 and f"(version was 1, is {evaluate.VERSION})" in err
     assert Path("out", RECORDS).read_bytes() == before
 
 
@@ -257,6 +288,29 @@ def test_specs_of_policies_are_read_and_named() -> None:
         "scout:budget=512,compensate=false": ("scout", {"budget": 512, "compensate": False})
     }
     assert parse_numbers("--depths", "0, 0.5", float) == (0.0, 0.5)
+
+
+def test_fields_of_several_values_and_policies_within_policies_are_read_and_named() -> None:
+    specs = {
+        "hierarchical:levels=64+512": {"levels": (64, 512)},
+        "hybrid:state_layers=1+3": {"state_layers": (1, 3)},
+        "hybrid:rest=scout:budget=512;window=64": {"rest": "scout:budget=512;window=64"},
+        "mixture:default=scout,layers=0=dense+1=hybrid": {
+            "layers": {"0": "dense", "1": "hybrid"},
+            "default": "scout",
+        },
+    }
+    named = parse_policies(specs)
+    assert {name: options for name, (_, options) in named.items()} == specs
+    assert parse_policies(named) == named
+    for wrong, message in {
+        "hybrid:rest=scuot": "'scuot'",
+        "hybrid:state_layers=1;3": "state_layers.*whole numbers with . between",
+        "mixture:layers=0": "layers.*LAYER=POLICY with . between",
+        "hierarchical:levels=64x512": "levels",
+    }.items():
+        with pytest.raises((BadInput, ValueError), match=message):
+            parse_policies([wrong])
 
 
 def test_a_tokenizer_neither_cuts_nor_pads(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from rich.console import Console
 
 from memcompile.evaluation.plots import plot
 from memcompile.evaluation.protocol import Contender
-from memcompile.evaluation.run import Plan, expected
+from memcompile.evaluation.run import Plan, expected, skips
 from memcompile.evaluation.summary import Row, summarise
 from memcompile.evaluation.tables import FOOT, markdown, table
 from memcompile.models.memory import preset
-from memcompile.runtime.memory_state import SiteLayout
+from memcompile.runtime.site_layout import SiteLayout
 
 LONG = "scout:budget=64,dense_layers=1"
 PLAN = Plan(("single", "mqar", "text-loss"), (256, 1024), (0.0, 1.0), 12, seed=0, stride=8)
@@ -39,12 +40,15 @@ CONTENDERS = [
     hollow(LONG, "scout", budget=64, dense_layers=1, **SCOUT),
     hollow("scout:budget=256", "scout", budget=256, dense_layers=0, **SCOUT),
 ]
+HYBRID = hollow("hybrid:window=32", "hybrid", window=32)
 
 
-def records(score: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
+def records(
+    score: dict[tuple[str, str], list[float]], contenders: Sequence[Contender] = CONTENDERS
+) -> list[dict[str, Any]]:
     """Every record of the plan; scores by task and policy, in turn, 1 if none are given."""
     found = []
-    for item, contender in expected(PLAN, CONTENDERS):
+    for item, contender in expected(PLAN, contenders):
         values = score.get((item.task, contender.name), [1.0])
         record = {
             "task": item.task,
@@ -57,6 +61,8 @@ def records(score: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
             "pages_dense": 80,
             "bytes_read": 8000 if contender is DENSE else 800,
             "bytes_dense": 8000,
+            "resident_bytes": 2048 + item.sample,
+            "state_bytes": 512 if contender.stateful else 0,
         }
         place = item.sample + (12 if item.depth else 0)
         value = values[place % len(values)]
@@ -80,6 +86,7 @@ def test_a_claim_needs_a_dense_success_and_a_small_budget() -> None:
     assert able.claim and able.verdict == "no difference shown"
     assert (able.prompts, able.paired, able.kept_dense, able.sites) == (24, 24, 1, 2)
     assert (able.bytes_per_token, able.bytes_read, able.bytes_dense) == (80.0, 19200, 192000)
+    assert (able.resident_bytes, able.state_bytes, able.stateful) == (2048 + 11, 0, 0)
     fails = row(rows, "mqar", 1024, LONG)
     assert not fails.claim and fails.verdict == "no claim: dense 75% < 90%"
     assert row(rows, "mqar", 1024, "dense").verdict == "fails here"
@@ -87,6 +94,24 @@ def test_a_claim_needs_a_dense_success_and_a_small_budget() -> None:
     assert row(rows, "single", 1024, "scout:budget=256").verdict == "no claim: budget > 1/8"
     nothing = row(rows, "single", 256, "scout:budget=256")
     assert nothing.verdict == "nothing to skip ≤ 256" and nothing.value is None
+
+
+def test_a_layer_with_a_state_is_neither_dense_nor_selecting() -> None:
+    """It reads its window exactly, and nothing else: there is something to skip above that."""
+    assert (HYBRID.kept_dense, HYBRID.selecting, len(HYBRID.stateful)) == (1, [], 1)
+    assert (HYBRID.reads_all_below, HYBRID.budget) == (32, 32)
+    assert skips(HYBRID, 33) and not skips(HYBRID, 32)
+    both = hollow("hybrid", "hybrid", rest="scout:budget=512,dense_layers=0")
+    assert (both.reads_all_below, both.budget) == (64, 512)
+    rows = summarise(PLAN, [DENSE, HYBRID, both], records({}, [DENSE, HYBRID, both]))
+    found = row(rows, "single", 1024, HYBRID.name)
+    assert found.claim and (found.stateful, found.state_bytes) == (1, 512)
+    assert row(rows, "single", 1024, "hybrid").verdict == "no claim: budget > 1/8"
+    assert "| 1/2 | 1/2 | no difference shown |" in markdown(rows, "a model")
+    out = io.StringIO()
+    Console(file=out, width=120).print(table(rows, "a model"))
+    assert "hybrid-1: hybrid:window=32; 1 of 2 layers dense; 1 of 2 with a state" in out.getvalue()
+    assert "dense: 2 of 2 layers dense" in out.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -130,12 +155,13 @@ def test_the_table_and_the_document_show_every_row() -> None:
     assert shown.count("no claim: budget > 1/8") == sum(
         r.verdict == "no claim: budget > 1/8" for r in rows
     )
+    assert "Note: hybrid: not fitted.\n\n" in markdown(rows, "a model", ["hybrid: not fitted"])
     document = markdown(rows, "a model")
     assert document.startswith("# a model\n") and document.rstrip().endswith(FOOT)
     lines = [line for line in document.splitlines() if line.startswith("|")]
     assert len(lines) == len(rows) + 4
     assert f"| single | 1024 | {LONG} | 50.0 [" in document
-    assert "| 800 B |" in document and "| 10.0% |" in document and "| 1/2 |" in document
+    assert "| 80 B | 2.0 KiB | 10.0% | 1/2 | 0/2 |" in document and "| 800 B |" in document
 
 
 def test_pictures_are_drawn_and_written_whole(tmp_path: Path) -> None:
@@ -144,7 +170,7 @@ def test_pictures_are_drawn_and_written_whole(tmp_path: Path) -> None:
     files = plot(rows, given, tmp_path)
     assert {path.name for path in files} == {
         f"{name}.{kind}"
-        for name in ("quality-against-bytes", "needles-single")
+        for name in ("quality-against-bytes", "quality-against-memory", "needles-single")
         for kind in ("png", "svg")
     }
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in files}
