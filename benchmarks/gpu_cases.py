@@ -55,7 +55,7 @@ class Case:
             said = [self.op, f"{self.key_dim}/{self.value_dim}", f"group {self.group}"]
             return " ".join([*said, f"n {self.rows}", self.decay or "no decay", self.rule])
         said = [self.op, f"{self.key_dim}/{self.value_dim}", f"page {self.page_size}"]
-        said += [f"group {self.group}"] if self.op != "append_index" else []
+        said += [f"group {self.group}"] if not self.op.startswith("append_index") else []
         said += [f"n {self.rows}"]
         said += [self.pages] if self.op in ("attend", "attend.page_lse") else []
         said += [self.score] if self.op.startswith("score_select") else []
@@ -98,6 +98,11 @@ CASES = (
     Case("score_select.page_logits", key_dim=576, group=16, score="ball"),
     Case("attend", key_dim=32, value_dim=32, group=1, page_size=128, window=100, rows=4),
     Case("combine", count=3),
+    Case("append_index.record_table", rows=70),
+    Case("append_index.fold"),
+    Case("append_index.fold", key_dim=64, value_dim=96, page_size=16, score="ball"),
+    Case("score_select.among"),
+    Case("score_select.among", key_dim=64, group=3, page_size=16, score="box", rows=3),
     Case("state_step", decay="gate", rule="normalised"),
     Case("state_chunk", decay="gate", rule="normalised", rows=200),
     Case("state_chunk.backward", decay="gate", rule="normalised", rows=200),
@@ -119,6 +124,9 @@ TINY = (
     Case("attend", key_dim=16, value_dim=8, page_size=16, group=2, shared=True, softcap=5.0),
     Case("attend.page_lse", key_dim=16, value_dim=8, page_size=16, pages="listed"),
     Case("combine", value_dim=8),
+    Case("append_index.record_table", key_dim=8, value_dim=8, page_size=16, rows=3),
+    Case("append_index.fold", key_dim=8, value_dim=8, page_size=16),
+    Case("score_select.among", key_dim=8, page_size=16, group=3, rows=2),
     Case("state_step", key_dim=16, value_dim=8, group=3, decay="gate", rule="normalised", rows=2),
     Case("state_chunk", key_dim=16, value_dim=8, group=2, decay="constant", rule="delta", rows=9),
     Case("state_chunk.backward", key_dim=8, value_dim=8, group=2, decay="gate", rows=9),
@@ -163,7 +171,7 @@ class Laid:
         self.table = torch.where(used[:, None], order, -1)
         keys = torch.full((count, size, case.key_dim), torch.nan, dtype=self.dtype)
         values = torch.full((count, size, case.value_dim), torch.nan, dtype=self.dtype)
-        written = torch.tensor(held if case.op == "append_index" else end)
+        written = torch.tensor(held if case.op.startswith("append_index") else end)
         for b in range(batch):
             token = torch.arange(int(written[b]))
             for h in range(heads):

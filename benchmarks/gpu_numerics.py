@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from ..codegen.spec import specialise
-from ..models import ops as _registered  # noqa: F401 (registers the operations used below)
 from ..models.memory.records import page_scores
+from ..models.ops import operator
 from . import gpu_state
 from .gpu_cases import Case, Laid
+from .gpu_truth import NEGATIVE_INFINITY, by_hand
 from .memory_step import Load
-
-NEGATIVE_INFINITY = float("-inf")
 
 
 def check(
@@ -34,8 +33,11 @@ def check(
     laid = Laid(case, dtype)
     checks = {
         "append_index": _append_index,
+        "append_index.record_table": _append_index,
+        "append_index.fold": _fold,
         "score_select": _score_select,
         "score_select.page_logits": _score_select,
+        "score_select.among": _score_select,
         "attend.summaries": _summaries,
         "combine": _combine,
         **dict.fromkeys(("state_step", "state_chunk", "state_chunk.backward"), _state),
@@ -183,67 +185,13 @@ def _summaries(
     ]
 
 
-def by_hand(
-    dtype: torch.dtype,
-    query: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    pages: Tensor | None,
-    exclude: bool,
-    position: Tensor,
-    lengths: Tensor,
-    scale: float,
-    softcap: float,
-    window: int,
-    span: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse and page_lse of attend, a row and a KV head at a time, computed in `dtype`."""
-    batch, kv_heads, columns = table.shape
-    heads, n = query.shape[1:3]
-    group, slots = heads // kv_heads, key_pages.shape[1]
-    listed = pages is not None and not exclude
-    width = pages.shape[3] if pages is not None and listed else columns
-    out = torch.zeros(batch, heads, n, value_pages.shape[2], dtype=dtype)
-    lse = torch.full((batch, heads, n), NEGATIVE_INFINITY, dtype=dtype)
-    page_lse = torch.full((batch, heads, n, width), NEGATIVE_INFINITY, dtype=dtype)
-    page = torch.arange(columns)
-    for b, h, i in torch.cartesian_prod(*map(torch.arange, (batch, kv_heads, n))).tolist():
-        if i >= int(lengths[b]):
-            continue
-        open_to = table[b, h] >= 0
-        if pages is not None:
-            open_to = open_to & (torch.isin(page, pages[b, h, i]) != exclude)
-        last = (torch.arange(columns * slots) + 1) * span - 1
-        age = int(position[b]) + i - last
-        seen = (age >= 0) & open_to.repeat_interleave(slots)
-        if window:
-            seen &= age < window
-        found = seen.nonzero().squeeze(1)
-        if not len(found):
-            continue
-        at = table[b, h, found // slots].long(), found % slots
-        mine = slice(h * group, (h + 1) * group)
-        logits = (query[b, mine, i].to(dtype) @ key_pages[at].to(dtype).T) * scale
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        if bias is not None:
-            logits = logits + bias[at].to(dtype)
-        out[b, mine, i] = logits.softmax(-1) @ value_pages[at].to(dtype)
-        lse[b, mine, i] = logits.logsumexp(-1)
-        columns_of = page if pages is None or exclude else pages[b, h, i]
-        for column, wanted in enumerate(columns_of.tolist()):
-            part = logits[:, found // slots == wanted]
-            if wanted >= 0 and part.shape[1]:
-                page_lse[b, mine, i, column] = part.logsumexp(-1)
-    return out, lse, page_lse
-
-
 def _append_index(
     laid: Laid, device: torch.device, load: Load | None
 ) -> tuple[str, list[tuple[float, float]]]:
     fields = list(laid.index)
+    tables = [laid.table]
+    if laid.case.op == "append_index.record_table":  # rows in the opposite order
+        tables.append(torch.where(laid.table < 0, -1, len(laid.pools[0]) - 1 - laid.table))
 
     def args(dtype: torch.dtype) -> tuple[Any, ...]:
         """Copies, since the operation writes: in another element type, the records in it too."""
@@ -255,20 +203,51 @@ def _append_index(
             for pool in laid.index.values()
         ]
         new = [tensor.to(dtype) for tensor in laid.new]
-        return (*new, laid.table, laid.position, laid.lengths, keys, values, index, fields)
+        return (*new, *tables, laid.position, laid.lengths, keys, values, index, fields)
 
-    kernel, (_, given) = run("append_index", args(laid.dtype), device, load)
+    kernel, (_, given) = run(laid.case.op, args(laid.dtype), device, load)
     exact, plain = args(torch.float64), args(laid.dtype)
     for each in (exact, plain):
-        torch.ops.memcompile.append_index(*each)
+        operator(laid.case.op)(*each)
     found = []
-    for at in (5, 6):  # pools: nothing is computed, so that nothing may differ
+    for at in (-4, -3):  # pools: nothing is computed, so that nothing may differ
         same = torch.equal(given[at].cpu().nan_to_num(7.0), plain[at].nan_to_num(7.0))
         found.append((0.0 if same else math.inf, 0.0))
-    for actual, eager, truth in zip(given[7], plain[7], exact[7], strict=True):
+    return kernel, found + _written(given[-2], plain[-2], exact[-2])
+
+
+def _written(
+    mine: list[Tensor], eager: list[Tensor], exact: list[Tensor]
+) -> list[tuple[float, float]]:
+    """Errors of the records that were written; the others must be what they were, NaN."""
+    found = []
+    for actual, plain, truth in zip(mine, eager, exact, strict=True):
         written = truth.isfinite().all(-1)
-        found.append(error_and_allowed(actual.cpu()[written], eager[written], truth[written]))
-    return kernel, found
+        left = actual.cpu()[~written]
+        found.append((0.0 if bool(left.isnan().all()) else math.inf, 0.0))
+        found.append(error_and_allowed(actual.cpu()[written], plain[written], truth[written]))
+    return found
+
+
+def _fold(
+    laid: Laid, device: torch.device, load: Load | None
+) -> tuple[str, list[tuple[float, float]]]:
+    """Groups of three pages, as if one call had brought every token."""
+    fields, ratio = list(laid.index), 3
+    batch, heads, columns = laid.table.shape
+    rows = torch.arange(batch * heads * columns, dtype=torch.int32).view_as(laid.table)
+    at = (torch.zeros_like(laid.position), laid.position + laid.lengths)
+
+    def args(dtype: torch.dtype | None) -> tuple[Any, ...]:
+        children = [pool.to(dtype or pool.dtype) for pool in laid.index.values()]
+        index = [torch.full_like(pool, torch.nan) for pool in children]
+        return (children, laid.table, rows, *at, index, fields, laid.case.page_size, ratio)
+
+    kernel, (_, given) = run(laid.case.op, args(None), device, load)
+    exact, plain = args(torch.float64), args(None)
+    for each in (exact, plain):
+        operator(laid.case.op)(*each)
+    return kernel, _written(given[5], plain[5], exact[5])
 
 
 def _score_select(
@@ -277,8 +256,11 @@ def _score_select(
     """The lists' form exactly; their choice by the scores that they leave out."""
     case, budget, sinks, window = laid.case, 5, 1, 1
     fields = list(laid.index)
-    args = (laid.query, list(laid.index.values()), fields, laid.table, laid.position, laid.lengths)
-    whole = (case.score, case.page_size, sinks, window, budget, budget, 0)
+    candidates = laid.lists(9) if case.op == "score_select.among" else None
+    tables = (laid.table,) if candidates is None else (laid.table, candidates)
+    args = (laid.query, list(laid.index.values()), fields, *tables, laid.position, laid.lengths)
+    limits = (budget, budget, 0) if candidates is None else (budget,)
+    whole = (case.score, case.page_size, sinks, window, *limits)
     kernel, (results, _) = run(case.op, (*args, *whole), device, load)
     lists, *products = results if isinstance(results, tuple) else (results,)
     lists = lists.cpu()
@@ -290,7 +272,8 @@ def _score_select(
         row = [page for page in lists[b, h, i].tolist() if page >= 0]
         at = (int(laid.position[b]) + i) // case.page_size
         live = i < int(laid.lengths[b])
-        assigned = [p for p in range(at + 1) if live and int(laid.table[b, h, p]) >= 0]
+        offered = range(at + 1) if candidates is None else candidates[b, h, i].tolist()
+        assigned = [p for p in offered if live and 0 <= p <= at and int(laid.table[b, h, p]) >= 0]
         forced = {p for p in assigned if p < sinks or p >= at - window}
         if at >= budget:
             chosen_from[b, h, i, sorted(set(assigned) - forced)] = True

@@ -19,7 +19,7 @@ from .rules import Bar, Contender, Timing, measure, near_the_best, states_for
 
 CONTEXTS = (8192, 32768, 131072)
 PREFILL = 8192
-CHUNKS = (64, 128, 256)
+CHUNKS: tuple[int, ...] = (64, 128, 256)
 MOST_FLOORS = 2.0
 MOST_GROWTH = 1.1
 LEAST_SPEEDUP = 2.0
@@ -78,10 +78,10 @@ class Shape:
     def floor_bytes(self) -> int:
         """Bytes that a step of one row cannot but move: the state, read and written, and the row's
         inputs and results."""
-        given = self.inputs(1)
-        kept = sum(given[name].nbytes for name in ("state", "norm") if given[name] is not None)
-        rows = sum(given[n].nbytes for n in ("query", "key", "value", "decay", "beta") if given[n] is not None)
-        return 2 * kept + rows + 4 * self.heads * (self.dim + 1)
+        given = {name: x.nbytes for name, x in self.inputs(1).items() if x is not None}
+        kept = given["state"] + given.get("norm", 0)
+        rows = sum(given.get(name, 0) for name in ("query", "key", "value", "decay", "beta"))
+        return int(2 * kept + rows + 4 * self.heads * (self.dim + 1))
 
 
 STEPS = (
@@ -144,7 +144,7 @@ class Layer:
         self.near = bound("attend", (*window, shape.window, 1), load)
         self.far = bound("state_step", tuple(given.values()), load)
         near, far = self.near(), self.far()
-        self.join = operator("combine")
+        self.join: Callable[..., Any] = operator("combine")
         if load is not None:
             spec, _ = specialise("combine", ([near[0], far[0]], [near[1], far[1]]))
             kernel = load([spec])[spec]
@@ -165,7 +165,7 @@ def layer(shape: Shape, context: int, load: Load | None, cache: int) -> Contende
 
 
 def prefill(
-    shape: Shape, rows: int, chunks: tuple[int, ...], load: Load | None, rounds: int
+    shape: Shape, rows: int, chunks: tuple[int, ...], load: Load | None, settings: Settings
 ) -> tuple[dict[str, Any], list[str]]:
     """The row of one shape, and what could not be held against it."""
     given = shape.inputs(rows)
@@ -177,7 +177,7 @@ def prefill(
         forms = forms[::2]
     baselines = {
         f"torch, chunks of {chunk}{', folded' if folded else ''}": state_baselines.compiled(
-            given, chunk, folded
+            given, chunk, folded, "aot_eager" if settings.quick else "inductor"
         )
         for chunk, folded in forms
     }
@@ -191,7 +191,7 @@ def prefill(
         return Contender(name, lambda _: call(), 1, work)
 
     theirs, behind = near_the_best([contender(*each) for each in baselines.items()])
-    timings = measure([contender("ours", ours), *theirs], rounds)
+    timings = measure([contender("ours", ours), *theirs], settings.rounds)
     best = min(theirs, key=lambda each: timings[each.name].median).name
     row = {
         "what": f"prefill of {rows}: {shape.name}",
@@ -220,9 +220,12 @@ def _row(contender: Contender, timing: Timing, speed: float) -> dict[str, Any]:
 
 def run(settings: Settings) -> Outcome:
     load = settings.load()
-    steps, prefills, rows_of, chunks = STEPS, PREFILLS, PREFILL, CHUNKS
+    steps: tuple[Shape, ...] = STEPS
+    prefills: tuple[Shape, ...] = PREFILLS
+    rows_of, chunks = PREFILL, CHUNKS
     if settings.quick:
-        steps, prefills, rows_of, chunks = (QUICK,), (replace(QUICK, rule="additive"),), 64, (16,)
+        steps, prefills = (QUICK,), (replace(QUICK, rule="additive"),)
+        rows_of, chunks = 64, (16,)
     contexts = settings.contexts or ((64, 128) if settings.quick else CONTEXTS)
     probes = bandwidth.probes(settings.cache)
     contenders = [step(shape, load, settings.cache) for shape in steps]
@@ -235,7 +238,7 @@ def run(settings: Settings) -> Outcome:
     del contenders, probes
     left_out = []
     for shape in prefills:
-        row, missing = prefill(shape, rows_of, chunks, load, settings.rounds)
+        row, missing = prefill(shape, rows_of, chunks, load, settings)
         rows.append(row)
         left_out += missing
     setting = {"features": steps[0].features, "dim": steps[0].dim, "window": steps[0].window}

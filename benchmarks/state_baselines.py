@@ -52,11 +52,12 @@ def chunked(
     if not folded:
         k, v, before = k[:, :, None], v[:, :, None], before[:, :, None]
         scores = ((q @ k.mT) * reach).to(dtype)
-        out = scores @ v + faded @ before
+        out: Tensor = scores @ v + faded @ before
         return out.view(batch, heads, rows, -1)
 
     def fold(x: Tensor) -> Tensor:  # [.., group, count, chunk, d] -> [.., count, group * chunk, d]
-        return x.transpose(2, 3).flatten(3, 4)
+        rows: Tensor = x.transpose(2, 3).flatten(3, 4)
+        return rows
 
     scores = (fold(q) @ k.mT).unflatten(3, (group, chunk))
     scores = (scores * (reach if decay is None else reach.transpose(2, 3))).to(dtype)
@@ -65,15 +66,15 @@ def chunked(
     return out.reshape(batch, heads, rows, -1)
 
 
-def compiled(given: dict[str, Any], chunk: int, folded: bool) -> Prefill:
-    """`chunked` on these inputs, compiled for their shapes."""
+def compiled(given: dict[str, Any], chunk: int, folded: bool, backend: str) -> Prefill:
+    """`chunked` on these inputs, compiled for their shapes by that backend of torch.compile."""
 
     def form(query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None) -> Tensor:
         return chunked(query, key, value, decay, chunk, folded)
 
     names = ("query", "key", "value", "decay")
     # One function of many shapes: each is compiled for itself.
-    made = torch.compile(form, dynamic=False)
+    made = torch.compile(form, dynamic=False, backend=backend)
     call = partial(made, *(given[name] for name in names))
     with torch._dynamo.config.patch(recompile_limit=64):
         call()
@@ -83,17 +84,18 @@ def compiled(given: dict[str, Any], chunk: int, folded: bool) -> Prefill:
 def onnxruntime(given: dict[str, Any]) -> Prefill:
     """onnxruntime's `LinearAttention` (com.microsoft) on these inputs, in torch's threads.
 
+    In float32, the one type that its CPU kernel takes: 16-bit inputs are widened, outside of the
+    time.
+
     Raises:
         ImportError: onnx or onnxruntime is not installed.
-        ValueError: it has no kernel for them; what it says.
+        ValueError: this onnxruntime does not run it; what it says.
     """
     import onnx
     import onnxruntime as ort
 
     batch, heads, rows, _ = given["query"].shape
     kv_heads = given["key"].shape[1]
-    if given["query"].dtype != torch.float32:
-        raise ValueError("its CPU kernel takes float32 alone")
     tensors = {name: given[name] for name in ("query", "key", "value", "decay") if name in given}
     packed = {
         # [B, heads, n, D] -> [B, n, heads * D]; a gate has one element a head
@@ -101,6 +103,7 @@ def onnxruntime(given: dict[str, Any]) -> Prefill:
         .transpose(1, 2)
         .flatten(2)
         .contiguous()
+        .float()
         for name, tensor in tensors.items()
         if tensor is not None
     }

@@ -114,10 +114,14 @@ class KernelSpec:
                 raise NotCovered(
                     f"{self.op}: {name} {dim}; kernels cover multiples of 8 up to {LARGEST_DIM}"
                 )
-        most = 1 << 20 if self.among else 1024
-        if self.page_size & (self.page_size - 1) or not 1 <= self.page_size <= most:
+        if self.op == "score_select":  # which only divides by it: a record may stand for any number
+            if not 1 <= self.page_size <= 1 << 20:
+                raise NotCovered(
+                    f"{self.op}: pages of {self.page_size} tokens; kernels cover up to 2^20"
+                )
+        elif self.page_size & (self.page_size - 1) or not 1 <= self.page_size <= 1024:
             raise NotCovered(
-                f"{self.op}: pages of {self.page_size} slots; kernels cover powers of two to {most}"
+                f"{self.op}: pages of {self.page_size} slots; kernels cover powers of two to 1024"
             )
         if self.fold and "mean" not in self.fields and {"std", "radius"} & {*self.fields}:
             raise NotCovered(f"{self.op}: {', '.join(self.fields)} are not folded without the mean")
@@ -229,8 +233,8 @@ class KernelSpec:
                 *(("grad_num",) if self.backward else ()),
                 *(("grad_den",) if self.backward and self.normalised else ()),
             )
-            held = () if self.backward else (("Tensor(a!)", "state"), ("Tensor(b!)", "norm"))
-            return (*(("Tensor", name) for name in tensors), *held[: 1 + self.normalised])
+            kept = () if self.backward else ("state", "norm")[: 1 + self.normalised]
+            return (*_tensors(tensors), *_written(kept))
         names = [f"{kind}{i}" for i in range(self.count) for kind in ("out", "lse")]
         return tuple(("Tensor", name) for name in names)
 

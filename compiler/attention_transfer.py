@@ -53,7 +53,9 @@ class Frozen:
 
     def __init__(self, module: fx.GraphModule, sites: Iterable[Site], wanted: Sequence[str]):
         by_node = {site.node: site for site in sites}
-        graph, copied, ends = fx.Graph(), {}, {}
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        ends: dict[str, tuple[fx.Node, ...]] = {}
         for node in module.graph.nodes:
             if node.op == "output":
                 break

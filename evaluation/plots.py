@@ -58,10 +58,16 @@ def quality(rows: Sequence[Row], against: str) -> Figure:
     tasks = [*dict.fromkeys(row.task for row in rows)]
     across = min(_PANELS_A_ROW, len(tasks))
     down = -(-len(tasks) // across)
-    figure = _figure(4.2 * across, 3.4 * down + 0.6)
     policies = [*dict.fromkeys(row.policy for row in rows)]
     lengths = [*dict.fromkeys(row.length for row in rows)]
     marks = dict(zip(lengths, "os^Dv<>p*hXP" * len(lengths), strict=False))
+    handles = [_handle(name, f"C{i % 10}", "o", "-") for i, name in enumerate(policies)]
+    handles += [_handle(f"{length} tokens", "0.4", marks[length], "") for length in lengths]
+    # A legend that is wider than its figure is cut off: as many columns as the names leave room.
+    width = 4.2 * across
+    columns = int(width / (0.6 + 0.07 * max(len(handle.get_label()) for handle in handles)))
+    columns = max(1, min(4, columns))
+    figure = _figure(width, 3.4 * down + 0.2 + 0.2 * -(-len(handles) // columns))
     for i, task in enumerate(tasks):
         axes = figure.add_subplot(down, across, i + 1)
         for row in rows:
@@ -92,9 +98,7 @@ def quality(rows: Sequence[Row], against: str) -> Figure:
             axes.set_ylabel("score, %")
             axes.set_ylim(-4, 104)
             axes.axhline(100 * SUCCEEDS, color="0.8", linewidth=1, zorder=0)
-    handles = [_handle(name, f"C{i % 10}", "o", "-") for i, name in enumerate(policies)]
-    handles += [_handle(f"{length} tokens", "0.4", marks[length], "") for length in lengths]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize="small")
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize="small")
     return figure
 
 

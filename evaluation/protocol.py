@@ -178,8 +178,8 @@ def measured(engine: Engine, run: Callable[[], None]) -> Counts:
     before = _snapshot(engine.stats())
     run()
     stats = engine.stats()
-    read = (b - a for a, b in zip(before, _snapshot(stats), strict=True))
-    return Counts(*read, resident_bytes=stats.resident_bytes, state_bytes=stats.state_bytes)
+    read = Counts(*(b - a for a, b in zip(before, _snapshot(stats), strict=True)))
+    return replace(read, resident_bytes=stats.resident_bytes, state_bytes=stats.state_bytes)
 
 
 def check(contender: Contender, context: int, counts: Counts) -> None:

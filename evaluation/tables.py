@@ -27,6 +27,8 @@ _SCORE = (
     *_LAYERS,
 )
 _LOSS = ("task", "length", "policy", "nats", "difference", "bits a byte", *_SCORE[5:])
+# On a terminal, where width is scarce.
+_HEADS = {"bits a byte": "bits\na byte"}
 
 
 def table(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> Group:
@@ -40,19 +42,23 @@ def table(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> Group:
     shown: list[Table | Text] = []
     for heads, part in _parts(rows):
         grid = Table(
-            title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+            title=title,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
         )
-        grid.add_column("policy", no_wrap=True)
+        grid.add_column("task, tokens", no_wrap=True)
         for head in heads[3 : -len(_LAYERS)]:
-            grid.add_column(head, justify="right", no_wrap=True)
-        grid.add_column("verdict", min_width=26)
+            grid.add_column(_HEADS.get(head, head), justify="right", no_wrap=True)
+        grid.add_column("verdict", min_width=16)
         before: tuple[str, int] | None = None
         for row in part:
             place = (row.task, row.length)
             if place != before:
                 if before:
                     grid.add_section()
-                grid.add_row(f"{row.task}, {row.length} tokens", style="bold")
+                grid.add_row(f"{row.task}, {row.length}", style="bold")
             before = place
             # What no claim can be made of stands back.
             style = None if row.claim or row.difference is None else "dim"

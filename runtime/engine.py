@@ -228,8 +228,15 @@ class Engine:
         one's need: what it has read densely need not be read again.
 
         Raises:
-            ValueError: its sites or pages are others, or an index field is missing there.
+            ValueError: its sites or pages are others, or an index field is missing there; or it
+                keeps a state under other weights, perhaps: engines of another compilation.
         """
+        states = any(layout.memory.state for layout in self._program.layouts)
+        if states and other._program is not self._program:
+            raise ValueError(
+                "a state is written by the weights that were fitted for it: only an engine of the "
+                "same compilation can go on with it; read the context with this one"
+            )
         held = other._state
         self._state = held.fork(self._program.layouts) if held is not None else None
 

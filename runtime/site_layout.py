@@ -105,7 +105,7 @@ class SiteLayout:
         return [(shape, wide) for shape in (*shapes, *norm)]
 
     def held_bytes(self, tokens: int) -> int:
-        """Bytes that one sequence of `tokens` takes when the last has read through the policy: keys,
+        """Bytes that a sequence of `tokens` takes when the last has read through the policy: keys,
         values, records, account and state; without page tables and the free pages of pools."""
         total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.rows())
         for store in self.stores():

@@ -38,7 +38,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     # parts whose time they take.
     "benchmarks": (
         {"", "benchmarks", "runtime", "codegen", "models", "models/networks"},
-        {"torch", "numpy", "rich", "click", "transformers", "triton"},
+        {"torch", "numpy", "rich", "click", "transformers", "triton", "onnx", "onnxruntime"},
     ),
     "examples": ({"", "models/networks"}, {"torch", "numpy", "rich"}),
 }

@@ -310,7 +310,8 @@ def _state_chunk(spec: KernelSpec) -> dict[str, Launch]:
     if not spec.delta:
         return {"walk": walk, "read": read}
     # All features of a column are in one program's registers, and its copies in shared memory.
-    slow = spec.dtype == "float32" or spec.key_dim > 256
-    stages = 2 if spec.dtype != "float32" and spec.key_dim <= 128 else 1
-    walk = Launch("walk_chunks", {**block, "BLOCK_V": 16}, 8 if slow else 4, stages)
+    float32, tall = spec.dtype == "float32", spec.key_dim > 128
+    columns = {"BLOCK_K": 64 if tall else block["BLOCK_K"], "BLOCK_V": 16}
+    warps = 8 if float32 or spec.key_dim > 256 else 4
+    walk = Launch("walk_chunks", columns, warps, 1 if float32 or tall else 2)
     return {"solve": Launch("solve_chunks", block, 4, 2), "walk": walk, "read": read}

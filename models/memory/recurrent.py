@@ -93,8 +93,9 @@ def recurrence(
     """`state_step`, as it is defined: one row after the other."""
     _check(beta, norm)
     # State carries no gradient: it would chain every step of an engine to the first.
-    given = (None if x is None else x.detach() for x in (query, key, value, decay, beta))
-    q, k, v, g, b, live = _inputs(*given, lengths)  # type: ignore[arg-type]
+    inputs = (query, key, value, decay, beta, lengths)
+    given: list[Any] = [None if x is None else x.detach() for x in inputs]
+    q, k, v, g, b, live = _inputs(*given)
     num, den = q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1])
     for i in range(q.shape[2]):
         state *= g[:, :, i, None, None].exp()
@@ -139,9 +140,9 @@ def chunked(
     padding = count * chunk - n
 
     def cut(x: Tensor) -> Tensor:  # [B,Hkv,n,...] -> [B,Hkv,count,chunk,...]
-        return torch.cat([x, x.new_zeros((*x.shape[:2], padding, *x.shape[3:]))], 2).unflatten(
-            2, (count, chunk)
-        )
+        rest = x.new_zeros((*x.shape[:2], padding, *x.shape[3:]))
+        chunks: Tensor = torch.cat([x, rest], 2).unflatten(2, (count, chunk))
+        return chunks
 
     q, k, v, g = map(cut, (q, k, v, g))
     # Sums over j+1 .. i for each pair, not differences of sums: a decay to nothing stays exact.
@@ -214,6 +215,7 @@ def chunk_backward(
     """`state_chunk.backward`: gradients of `chunked` from a zero state, found by autograd."""
     dtype, heads = wide(query.dtype), key.shape[1]
     inputs = (query, key, value, decay, beta)
+    given: list[Any]
     given = [None if x is None else x.detach().to(dtype).requires_grad_() for x in inputs]
     state = query.new_zeros((*key.shape[:2], key.shape[3], value.shape[3]), dtype=dtype)
     # An operator runs below the dispatcher's autograd layer, where nothing would be recorded.
@@ -222,7 +224,7 @@ def chunk_backward(
         for layer in layers:
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(layer, False))
         stack.enter_context(torch.enable_grad())
-        num, den, _, _ = chunked(*given, lengths, state, state[..., 0])  # type: ignore[arg-type]
+        num, den, _, _ = chunked(*[*given, lengths, state, state[..., 0]])
         live = torch.arange(query.shape[2], device=query.device) < lengths[:, None]
         given_rows = torch.where(
             live[:, None, :, None, None], rows_by_kv_head(grad_num.to(dtype), heads), 0

@@ -40,14 +40,14 @@ def numbers(value: Any) -> list[float]:
 def test_the_list_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--list"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["attention-step", "state", "linear", "decode", "compile-time"]
+    assert names == ["attention-step", "memories", "state", "linear", "decode", "compile-time"]
     assert all(registry.find(name).name == name for name in names)
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["attention"], "unknown benchmark 'attention'; known: attention-step, state, linear, decode"),
+        (["attention"], "unknown benchmark 'attention'; known: attention-step, memories, state"),
         (["linear", "--contexts", "0"], "--contexts [0]: give lengths of at least 1"),
         (["linear", "--rounds", "0"], "--rounds 0: give at least 1"),
         (["linear", "--threads", "0"], "--threads 0: give at least 1"),

@@ -20,7 +20,10 @@ from memcompile.codegen.spec import KernelSpec
 from memcompile.models import ops
 
 CPU = torch.device("cpu")
-OVERLOADS = ("page_lse", "page_logits", "summaries", "backward")
+OVERLOADS = (
+    *("page_lse", "page_logits", "summaries", "backward"),
+    *("record_table", "fold", "among"),
+)
 
 
 def broken(op: str, spoil: Any) -> Any:
@@ -42,14 +45,22 @@ def broken(op: str, spoil: Any) -> Any:
 def family_arguments(spec: KernelSpec, given: dict[str, Any]) -> tuple[Any, ...]:
     if spec.op == "append_index":
         index = [given[f"index_{field}"] for field in spec.fields]
-        names = ("key", "value", "page_table", "position", "lengths", "key_pages", "value_pages")
+        if spec.fold:
+            children = [given[f"children_{field}"] for field in spec.fields]
+            names = ("child_table", "page_table", "position", "lengths")
+            last = (index, list(spec.fields), given["child_size"], given["ratio"])
+            return (children, *(given[name] for name in names), *last)
+        tables = ("page_table", "record_table") if spec.record_table else ("page_table",)
+        names = ("key", "value", *tables, "position", "lengths", "key_pages", "value_pages")
         return (*(given[name] for name in names), index, list(spec.fields))
     if spec.op == "score_select":
         fields = list(spec.score_fields)
         index = [given[f"index_{field}"] for field in fields]
         whole = ("sink_pages", "window_pages", "capacity", "budget_pages", "dense_below")
+        whole = ("sink_pages", "window_pages", "budget_pages") if spec.among else whole
+        tables = ("page_table", "candidates") if spec.among else ("page_table",)
         return (
-            *(given["query"], index, fields, given["page_table"], given["position"]),
+            *(given["query"], index, fields, *(given[name] for name in tables), given["position"]),
             *(given["lengths"], spec.score, spec.page_size, *(given[name] for name in whole)),
         )
     if spec.summaries:
@@ -141,6 +152,9 @@ def forgotten(given: dict[str, Any]) -> None:
         (Case("score_select", 8, page_size=16), wrong_page),
         (Case("append_index", 8, 8, page_size=16), unwritten),
         (Case("append_index", 8, 8, page_size=16), moved),
+        (Case("append_index.record_table", 8, 8, page_size=16), unwritten),
+        (Case("append_index.fold", 8, 8, page_size=16), unwritten),
+        (Case("score_select.among", 8, page_size=16), wrong_page),
         (Case("state_step", 8, 8, rows=2), scaled),
         (Case("state_step", 8, 8, rule="normalised", rows=2), shifted),
         (Case("state_step", 8, 8, decay="gate", rows=2), forgotten),

@@ -6,6 +6,7 @@ have left their table: a kernel that reads what it may not shows it.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from tolerance import assert_close_to_float64
 from torch import Tensor
 
-from memcompile.codegen.spec import KernelSpec
+from memcompile.codegen.spec import SCORE_TERMS, KernelSpec
 from memcompile.models.memory import levels
 from memcompile.models.memory.parts import INDEX_FIELDS, field_width
 
@@ -24,6 +25,25 @@ FOLDS = [
     KernelSpec("append_index", "float16", 80, 0, fields=("max", "min", "mean", "std"), fold=True),
     KernelSpec("append_index", "float16", 0, 8, fields=("value_mean", "log_count"), fold=True),
 ]  # fmt: skip
+
+
+def draw(seed: int) -> KernelSpec:
+    """One spec of a level's operations, drawn over the whole coverage: a function of the seed."""
+    rng = random.Random(seed)
+    dims = (8, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 256)
+    shape: dict[str, Any] = dict(
+        dtype=rng.choice(("float32", "float16", "bfloat16")), key_dim=rng.choice(dims)
+    )
+    if rng.random() < 0.5:
+        return KernelSpec(
+            "score_select", **shape, group=rng.choice((1, 2, 3, 4, 5, 7, 8, 12, 16, 33, 71)),
+            page_size=rng.choice((16, 64, 1000, 4096, 250_000, 1 << 20)), among=True,
+            score=rng.choice([*SCORE_TERMS]),
+        )  # fmt: skip
+    some = {"mean", *(field for field in INDEX_FIELDS if rng.random() < 0.5)}
+    fields = tuple(rng.sample(sorted(some), len(some)))
+    value_dim = rng.choice(dims) if "value_mean" in fields else 0
+    return KernelSpec("append_index", **shape, value_dim=value_dim, fields=fields, fold=True)
 
 
 @dataclass

@@ -85,7 +85,9 @@ def widened(given: dict[str, Any], dtype: torch.dtype) -> list[Any]:
     ]
 
 
-def check(spec: KernelSpec, shape: Shape, operator: Any, given: dict[str, Any] | None = None) -> None:
+def check(
+    spec: KernelSpec, shape: Shape, operator: Any, given: dict[str, Any] | None = None
+) -> None:
     """Holds the kernel's results and the state that it leaves to float64, row by row."""
     given = lay_out(spec, shape) if given is None else given
     exact, plain = widened(given, torch.float64), widened(given, torch.float32)

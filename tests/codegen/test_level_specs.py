@@ -70,7 +70,7 @@ def test_choosing_among_candidates() -> None:
     wanted = [query, mean, table, lists, *at, 1, 2, 5]
     assert all(one is two for one, two in zip(args, wanted, strict=True))
     assert operators.fake(spec)(*args).shape == (1, 2, 3, 5)
-    with pytest.raises(NotCovered, match="kernels cover powers of two to 1048576"):
+    with pytest.raises(NotCovered, match="pages of 2097152 tokens; kernels cover"):
         specialise("score_select.among", [*given, "mean", 1 << 21, 1, 2, 5])
 
 

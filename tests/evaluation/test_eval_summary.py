@@ -150,12 +150,17 @@ def test_the_table_and_the_document_show_every_row() -> None:
     out = io.StringIO()
     Console(file=out, width=160).print(table(rows, "a model"))
     shown = out.getvalue()
-    for part in ("single, 1024 tokens", "scout-1", f"scout-1: {LONG}", "worse than dense", "nats"):
+    for part in ("single, 1024", "scout-1", f"scout-1: {LONG}", "worse than dense", "nats"):
         assert part in shown
     assert shown.count("no claim: budget > 1/8") == sum(
         r.verdict == "no claim: budget > 1/8" for r in rows
     )
     assert "Note: hybrid: not fitted.\n\n" in markdown(rows, "a model", ["hybrid: not fitted"])
+    # On a narrow page verdicts are broken, and no column is lost.
+    out = io.StringIO()
+    Console(file=out, width=116).print(table(rows, "a model"), soft_wrap=True)
+    grid = out.getvalue().partition("\ndense: ")[0]
+    assert grid.count("verdict") == 2 and max(map(len, grid.splitlines())) <= 116
     document = markdown(rows, "a model")
     assert document.startswith("# a model\n") and document.rstrip().endswith(FOOT)
     lines = [line for line in document.splitlines() if line.startswith("|")]

@@ -27,9 +27,7 @@ int64_t head_items(const void* args) { return state_heads(args); }
 
 void heads(const void* args, int64_t item, int64_t end) {
   const StateArgs& a = *static_cast<const StateArgs*>(args);
-  for (; item < end; ++item) {
-    normalise<T, KEY_DIM, GROUP, Decay::gate>(a, item);
-  }
+  for (; item < end; ++item) normalise<T, KEY_DIM, GROUP, Decay::gate>(a, item);
 }
 
 int64_t read_items(const void* args) {
@@ -37,7 +35,7 @@ int64_t read_items(const void* args) {
   return state_heads(args) * Columns(m, COLUMNS, VALUE_DIM).blocks;
 }
 
-// The keys and values, decays of the chunk that starts at a row.
+// Brings what the chunk that starts at a row writes, and how it decays.
 void fill(const StateArgs& a, int64_t b, int64_t h, int64_t row, int64_t column, State& state) {
   float keep[ROWS];
   for (int64_t i = 0; i < state.count; ++i) keep[i] = kept<Decay::gate>(a, b, h, row + i);

@@ -113,15 +113,6 @@ MEMCOMPILE_INLINE void step(const Row& row, const T* value, float* tile, int64_t
   pass<2, true>(row, 0, write, tile, columns, out, out_stride);
 }
 
-int64_t head_items(const void* args) { return state_heads(args); }
-
-void heads(const void* args, int64_t item, int64_t end) {
-  const StateArgs& a = *static_cast<const StateArgs*>(args);
-  for (; item < end; ++item) {
-    mark<GROUP>(a, item);
-  }
-}
-
 int64_t read_items(const void* args) {
   const Memory& m = static_cast<const StateArgs*>(args)->memory;
   return state_heads(args) * Columns(m, VALUE_DIM, VALUE_DIM).blocks;
@@ -138,6 +129,7 @@ void read(const void* args, int64_t item, int64_t end) {
     const int64_t width = smaller(columns.width, VALUE_DIM - column), stride = m.rows * VALUE_DIM;
     float* state = a.state + head * KEY_DIM * VALUE_DIM + column;
     float* out = a.out + head * GROUP * stride + column;
+    if (column == 0) mark<GROUP>(a, head);
     each_tile(width, [&](int64_t at, auto n) __attribute__((always_inline)) {
       for (int64_t i = 0; i < live; ++i) {
         if (at == 0 || live > 1) fill(a, b, h, i, row);
@@ -157,7 +149,6 @@ void read(const void* args, int64_t item, int64_t end) {
 int64_t scratch_bytes(const void*) { return 0; }
 
 constexpr Phase PHASES[] = {
-    {head_items, heads},
     {read_items, read},
 };
 

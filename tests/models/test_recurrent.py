@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +97,9 @@ def by_hand(
                         outs[b][at][i], lses[b][at][i] = s.T @ q / den, den.log()
             states.append(s)
             norms.append(z)
-    out, lse = (torch.stack([torch.stack([torch.stack(r) for r in x]) for x in y]) for y in (outs, lses))
+    out, lse = (
+        torch.stack([torch.stack([torch.stack(r) for r in x]) for x in y]) for y in (outs, lses)
+    )
     kept = None if norm is None else torch.stack(norms).view(norm.shape)
     return out, lse, torch.stack(states).view(state.shape), kept
 
@@ -142,7 +145,7 @@ def test_rows_may_come_in_any_calls(decay: str, rule: str, cuts: list[int], chun
     whole, parts = copied(given), []
     want = ops.state_step(*whole)
     bounds = [0, *sorted(cuts), 70]
-    for i, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (first, last) in enumerate(itertools.pairwise(bounds)):
         rows = [x[:, :, first:last] if x is not None and x.dim() > 1 else x for x in given[:5]]
         lengths = torch.full((2,), last - first, dtype=torch.int32)
         op = ops.state_chunk if chunks >> i & 1 else ops.state_step
@@ -173,7 +176,9 @@ def test_the_delta_rule_recalls_what_was_written_last(op: Callable[..., Any]) ->
     one = torch.ones(1, 1, 5, dtype=torch.float64)
     state = torch.zeros(1, 1, 8, 6, dtype=torch.float64)
     lengths = torch.tensor([5], dtype=torch.int32)
-    out, lse = op(keys[None, None], keys[None, None], values[None, None], None, one, lengths, state, None)
+    out, lse = op(
+        keys[None, None], keys[None, None], values[None, None], None, one, lengths, state, None
+    )
     band = rounding_band(torch.float64, 8)
     assert (out[0, 0] - values).abs().max() <= band * values.abs().max()
     assert (lse == 0).all()
@@ -215,7 +220,10 @@ def test_gradients_equal_autograd_through_the_definition(decay: str, rule: str) 
     for x in inputs:
         x.requires_grad_()
     live = (torch.arange(67) < given[5][:, None])[:, None].expand(3, 6, 67)
-    weights = torch.randn(3, 6, 67, 5, dtype=torch.float64), torch.randn(3, 6, 67, dtype=torch.float64)
+    weights = (
+        torch.randn(3, 6, 67, 5, dtype=torch.float64),
+        torch.randn(3, 6, 67, dtype=torch.float64),
+    )
 
     def gradients(out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         total = (out * weights[0]).sum() + (torch.where(live, lse, 0) * weights[1]).sum()

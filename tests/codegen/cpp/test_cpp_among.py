@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import test_cpp_fold as fold
 import test_cpp_score_select as select
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_case import Shape, shapes
-from level_case import candidates
+from level_case import candidates, draw, lay_out_fold
 from torch import Tensor
 
 from memcompile.codegen import cpp
@@ -21,7 +22,7 @@ from memcompile.models.memory.levels import score_select_among
 BESIDE = select.SPECS[:2]
 SPECS = [
     *(replace(spec, among=True) for spec in BESIDE),
-    replace(select.SPECS[2], among=True, page_size=1 << 18),
+    replace(select.SPECS[2], among=True, page_size=250_000),
 ]
 BY_NAME = {spec.name: spec for spec in SPECS}
 
@@ -50,17 +51,24 @@ def check(case: select.Case, lists: Tensor, numbers: tuple[int, ...], operators)
     return got
 
 
+def check_scaled(s: KernelSpec, shape: Shape, odd: float, width: int, *rest: Any) -> None:
+    """Positions of the shape count 32nds of a page, so that pages of any size have some."""
+    shape = replace(shape, position=tuple(p * s.page_size // 32 for p in shape.position))
+    case = select.lay_out(s, shape, select.whole, odd / s.key_dim)
+    check(case, candidates(case.table, shape.rows, width, shape.seed), *rest)
+
+
+limits = st.tuples(*map(st.integers, (0, 0, 0), (2, 2, 12)))  # sinks, window, budget
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 @settings(max_examples=12)
 @given(
     shape=shapes(longest=900), odd=st.sampled_from((0, 0.3)), width=st.integers(0, 40),
-    numbers=st.tuples(*map(st.integers, (0, 0, 0), (2, 2, 12))),
+    numbers=limits,
 )  # fmt: skip
 def test_ties_included_when_scores_are_exact(name, shape, odd, width, numbers, operators) -> None:
-    s = BY_NAME[name]
-    shape = replace(shape, position=tuple(p * s.page_size // 32 for p in shape.position))
-    case = select.lay_out(s, shape, select.whole, odd / s.key_dim)
-    check(case, candidates(case.table, shape.rows, width, shape.seed), numbers, operators)
+    check_scaled(BY_NAME[name], shape, odd, width, numbers, operators)
 
 
 @pytest.mark.parametrize("beside", BESIDE, ids=lambda spec: spec.name)
@@ -136,6 +144,26 @@ def test_wrong_candidates_are_refused(operators) -> None:
         call(case, lists.long(), (1, 1, 6), operators)
     with pytest.raises(ValueError, match=r"candidates is \[1, 2, 4, 12\]; this call needs"):
         call(case, lists[:, :, :4], (1, 1, 6), operators)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("batch", range(5))
+def test_specs_that_nobody_chose(batch: int) -> None:
+    """Choices and folds drawn over the whole coverage, on random memories."""
+    specs = [draw(seed) for seed in range(8 * batch, 8 * batch + 8)]
+    loaded = cpp.load(specs)
+
+    @settings(max_examples=10)
+    @given(shape=shapes(longest=900), numbers=limits, ratio=st.integers(1, 9))
+    def on_any_memory(shape: Shape, numbers: tuple[int, ...], ratio: int) -> None:
+        for spec in specs:
+            if spec.fold:
+                laid = lay_out_fold(spec, shape.position, shape.lengths, 4, ratio)
+                fold.run(laid, loaded).check()
+            else:
+                check_scaled(spec, shape, 0, 30, numbers, loaded)
+
+    on_any_memory()
 
 
 def test_golden_source(golden) -> None:

@@ -183,7 +183,7 @@ def test_more_candidates_than_a_program_ranks_are_refused() -> None:
 
 
 def test_pages_of_a_quarter_million_tokens() -> None:
-    size = 1 << 18
+    size = 250_000
     laid = Laid(Case(position=(90,), lengths=(2,), kv_heads=1, group=2, **D))
     records = quantised(laid, "box")
     laid.case = dataclasses.replace(laid.case, position=(20 * size + 5,))

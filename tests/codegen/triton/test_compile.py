@@ -53,12 +53,12 @@ STATE = {
     "delta": KernelSpec("state_chunk", decay="gate", delta=True, **HEADS),
     "backward": KernelSpec("state_chunk", decay="gate", normalised=True, backward=True, **HEADS),
 }
-# All of them take long, so what compiles for one target stands for those of its kind.
+# All of them on every target would take long: the long test of random specs compiles many more.
 STATE_ON = {
     "cuda:sm_80": ("step", "chunk"),
     "cuda:sm_90": tuple(STATE),
     "cuda:sm_100": ("step",),
-    "cuda:sm_120": ("step", "delta"),
+    "cuda:sm_120": ("step",),
     "hip:gfx942": ("step", "delta"),
 }
 LLAMA_STEP = (
@@ -118,7 +118,6 @@ def test_kernels_compile_and_fit(target: str) -> None:
         (READ["all"], "merge"),
         (APPEND, "append"),
         (STATE["step"], "step"),
-        (STATE["chunk"], "read"),
     ],
     ids=lambda given: given if isinstance(given, str) else given.op,
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from level_case import FOLDS, candidates, lay_out_fold
-from test_compile import kept
+from level_case import FOLDS, candidates, draw, lay_out_fold
+from test_compile import compiled_launches, kept
 from torch import Tensor
 
 from memcompile.codegen.spec import SCORE_TERMS, KernelSpec
@@ -38,6 +39,14 @@ def test_kernels_compile_and_fit(target: str, spec: KernelSpec) -> None:
     compiled = compile_launch(spec, made, role, launch, target)
     assert compiled.binary
     assert compiled.shared <= blocks.architecture(target).shared
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_hundred_specs_compile() -> None:
+    jobs = [(draw(seed), "cuda:sm_90") for seed in range(100)]
+    with ProcessPoolExecutor() as pool:
+        assert sum(pool.map(compiled_launches, jobs, chunksize=4)) > 150
 
 
 @by_spec
