@@ -164,6 +164,7 @@ def at_context(
             "resident_bytes_before_eviction": mine.before,
             "state_bytes": mine.states_bytes,
         }
+        del mine  # two memories of this length, many times over, are more than a machine may hold
     return row
 
 
