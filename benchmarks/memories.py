@@ -20,6 +20,7 @@ from .registry import Column, Outcome, Settings, figure
 from .rules import Bar, Contender, measure, near_the_best, states_for
 
 CONTEXTS = (8192, 32768, 131072)
+PIECE = 512  # tokens that an engine reads at a time
 # Counted, not run: what hierarchical reads of contexts that no machine here holds many times.
 COUNTED = tuple(1024 << i for i in range(3, 10))
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -100,7 +101,12 @@ def held(name: str, program: Program, shape: Shape, tokens: int, cache: int) -> 
     states, resident, before = [], 0, 0
     for seed in range(states_for(floor, cache)):
         state = MemoryState(program.layouts, 1, "cpu")
-        fill(state, [position], seed)
+        left = position
+        while memory.state is not None and left > PIECE:  # only its window is ever there
+            state.reserve([PIECE])
+            state.advance([PIECE])
+            left -= PIECE
+        fill(state, [left], seed)
         before = state.memory_bytes()
         state.reserve([1], policy=True)
         resident = state.memory_bytes()
