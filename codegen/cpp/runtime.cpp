@@ -9,6 +9,7 @@
 #include <ATen/core/boxing/KernelFunction.h>
 #include <ATen/core/stack.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 
 #include <array>
 #include <atomic>
@@ -21,6 +22,7 @@
 #include <vector>
 
 #include "memcompile/kernel.h"
+#include "memcompile/results.h"
 
 namespace memcompile {
 namespace {
@@ -62,6 +64,17 @@ const Kernel* choose(const Variants& variants) {
   TORCH_CHECK_VALUE(!wanted, "MEMCOMPILE_ISA=", wanted, " is not an instruction set of this machine ",
                     "that ", variants.spec.name, " was built for; these are: ", known);
   TORCH_CHECK_NOT_IMPLEMENTED(false, variants.spec.name, ": no variant runs on this machine");
+}
+
+// A result of floats that a kernel will fill.
+at::Tensor result(at::IntArrayRef sizes) {
+  const auto options = at::TensorOptions().dtype(at::kFloat);
+  size_t bytes = sizeof(float);
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes < Results::SMALLEST) return at::empty(sizes, options);
+  void* data = results().take(bytes);
+  TORCH_CHECK(data, "no memory for a result of ", bytes, " bytes");
+  return at::from_blob(data, sizes, [bytes](void* p) { results().give(p, bytes); }, options);
 }
 
 // Scratch memory of the calling thread, which only grows.
@@ -564,7 +577,7 @@ class Operator final : public c10::OperatorKernel {
     args.state = kept("state", {batch, kv_heads, spec_.key_dim, spec_.value_dim});
     if (spec_.normalised) args.norm = kept("norm", {batch, kv_heads, spec_.key_dim});
     const auto options = at::TensorOptions().dtype(at::kFloat);
-    at::Tensor out = at::empty({batch, heads, rows, spec_.value_dim}, options);
+    at::Tensor out = result({batch, heads, rows, spec_.value_dim});
     at::Tensor lse = at::empty({batch, heads, rows}, options);
     args.out = out.mutable_data_ptr<float>();
     args.lse = lse.mutable_data_ptr<float>();

@@ -18,7 +18,8 @@ constexpr int KEY_DIM = 40;
 constexpr int VALUE_DIM = 72;
 constexpr int GROUP = 3;  // query heads that share a KV head
 constexpr int HEADS = 3;  // of them, that read at once
-constexpr int ROWS = 64;  // of a chunk
+// Of a chunk: more make scores longer, fewer move the state more often.
+constexpr int ROWS = 32;
 constexpr int COLUMNS = round_up(VALUE_DIM < 128 ? VALUE_DIM : 128, LANES);  // of an item, at most
 
 using State = Chunk<T, KEY_DIM, COLUMNS, ROWS, HEADS, 1, true, false>;

@@ -159,6 +159,30 @@ def test_no_rows_change_nothing(operators) -> None:
         assert (out.shape, lse.shape) == ((1, 8, 0, 128), (1, 8, 0))
 
 
+def test_large_results_take_the_memory_that_others_left(operators) -> None:
+    spec = CHUNKS[0]
+    given = lay_out(spec, Shape((1000,), 1100))
+
+    def out() -> torch.Tensor:
+        fresh = given | {"state": given["state"].clone()}
+        return operators[spec](*(fresh[name] for _, name in spec.arguments))[0]
+
+    first, second = out(), out()
+    place, right = first.data_ptr(), first.clone()
+    assert second.data_ptr() != place
+    assert torch.equal(second, right)
+    first.fill_(torch.nan)
+    held = first[0, 0]
+    del first
+    third = out()
+    assert third.data_ptr() != place, "a view still holds the result"
+    del held
+    fourth = out()
+    assert fourth.data_ptr() == place
+    assert torch.equal(third, right)
+    assert torch.equal(fourth, right)
+
+
 def test_wrong_tensors_are_refused(operators) -> None:
     spec = CHUNKS[1]
     given = lay_out(spec, Shape())

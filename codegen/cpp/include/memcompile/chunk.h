@@ -37,10 +37,15 @@ MEMCOMPILE_INLINE void add_product(vec (&sum)[TILE_ROWS][N], const typename O::S
 // Elements of a row as they are kept, zeros behind them up to STRIDE.
 template <int DIM, int STRIDE, class T, class E>
 MEMCOMPILE_INLINE void copy_row(const T* from, E* to) {
-  for (int d = 0; d < DIM; d += LANES) {
-    store(to + d, load(from + d, static_cast<int>(smaller(LANES, DIM - d))));
+  if constexpr (__is_same(T, E)) {
+    memcpy(to, from, DIM * sizeof(E));
+    memset(to + DIM, 0, (STRIDE - DIM) * sizeof(E));
+  } else {
+    for (int d = 0; d < DIM; d += LANES) {
+      store(to + d, load(from + d, static_cast<int>(smaller(LANES, DIM - d))));
+    }
+    for (int d = round_up(DIM, LANES); d < STRIDE; d += LANES) store(to + d, zero());
   }
-  for (int d = round_up(DIM, LANES); d < STRIDE; d += LANES) store(to + d, zero());
 }
 
 // One chunk of POSITIONS, and the state before it. What is read is rounded to T where T has products
