@@ -333,3 +333,17 @@ def test_the_backend_takes_a_policy_file(written: Path, monkeypatch: pytest.Monk
     assert memcompile(graph, [IDS], options={"policy": str(written), "rest": "scout"}) is graph
     with pytest.raises(FileNotFoundError, match=r"absent\.safetensors: nothing there"):
         memcompile(graph, [IDS], options={"policy": "absent.safetensors"})
+
+
+def test_the_shipped_policy_belongs_to_the_shipped_network() -> None:
+    folder = Path(package.__file__).parents[1] / "models" / "networks" / "checkpoints"
+    compiled = build(
+        folder / "bytes-long",
+        str(folder / "policies" / "bytes-long-hybrid.safetensors"),
+        kernels="off",
+        check=False,
+    )
+    states = [name for name, memory in compiled.memories.items() if memory.state]
+    assert [site.layer for site in compiled.sites if site.name in states] == [0, 1, 2, 3]
+    # Neither unfitted nor fitted to other weights.
+    assert not [note for note in compiled.report.notes if "fitted" in note]
