@@ -20,6 +20,7 @@ from .rules import Bar, Contender, Timing, measure, near_the_best, states_for
 CONTEXTS = (8192, 32768, 131072)
 PREFILL = 8192
 CHUNKS: tuple[int, ...] = (64, 128, 256)
+TOGETHER = 16  # sequences: one alone does not fill the machine
 MOST_FLOORS = 2.0
 MOST_GROWTH = 1.1
 LEAST_SPEEDUP = 2.0
@@ -32,6 +33,7 @@ class Shape:
     Attributes:
         decay: "" or "gate".
         rule: "additive", "normalised" or "delta".
+        sequences: how many of them take a step together.
     """
 
     heads: int = 32
@@ -43,6 +45,7 @@ class Shape:
     rule: str = "additive"
     window: int = 64
     page_size: int = 64
+    sequences: int = 1
 
     @property
     def name(self) -> str:
@@ -51,10 +54,10 @@ class Shape:
         return f"{self.rule}{', gated' if self.decay else ''}, {heads}, {kind}"
 
     def inputs(self, rows: int, seed: int = 0) -> dict[str, Any]:
-        """What `state_step` takes, by name, for one sequence."""
+        """What `state_step` takes, by name."""
         make = torch.Generator().manual_seed(seed)
         query, key, value = (
-            torch.randn(1, heads, rows, width, generator=make)
+            torch.randn(self.sequences, heads, rows, width, generator=make)
             for heads, width in (
                 (self.heads, self.features),
                 (self.kv_heads, self.features),
@@ -62,16 +65,17 @@ class Shape:
             )
         )
         query, key = query.softmax(-1), key.softmax(-1)
-        gates = torch.rand(2, 1, self.kv_heads, rows, generator=make)
-        norm = torch.rand(1, self.kv_heads, self.features, generator=make)
+        each = (self.sequences, self.kv_heads)
+        gates = torch.rand(2, *each, rows, generator=make)
+        norm = torch.rand(*each, self.features, generator=make)
         return {
             "query": query.to(self.dtype),
             "key": key.to(self.dtype),
             "value": value.to(self.dtype),
             "decay": -0.05 * gates[0] if self.decay else None,
             "beta": gates[1] if self.rule == "delta" else None,
-            "lengths": torch.tensor([rows], dtype=torch.int32),
-            "state": torch.randn(1, self.kv_heads, self.features, self.dim, generator=make),
+            "lengths": torch.full((self.sequences,), rows, dtype=torch.int32),
+            "state": torch.randn(*each, self.features, self.dim, generator=make),
             "norm": norm if self.rule == "normalised" else None,
         }
 
@@ -81,7 +85,12 @@ class Shape:
         given = {name: x.nbytes for name, x in self.inputs(1).items() if x is not None}
         kept = given["state"] + given.get("norm", 0)
         rows = sum(given.get(name, 0) for name in ("query", "key", "value", "decay", "beta"))
-        return int(2 * kept + rows + 4 * self.heads * (self.dim + 1))
+        return int(2 * kept + rows + 4 * self.sequences * self.heads * (self.dim + 1))
+
+    def window_bytes(self) -> int:
+        """Bytes of the keys and values of all windows."""
+        tokens = self.sequences * self.kv_heads * self.window
+        return 2 * tokens * self.dim * self.dtype.itemsize
 
 
 STEPS = (
@@ -125,17 +134,18 @@ class Layer:
         make = torch.Generator().manual_seed(seed)
         held = shape.window // shape.page_size + 1
         columns = -(-context // shape.page_size)
-        pages = shape.kv_heads * held
-        table = torch.full((1, shape.kv_heads, columns), -1, dtype=torch.int32)
-        table[..., -held:] = torch.arange(pages, dtype=torch.int32).view(1, shape.kv_heads, held)
+        each = (shape.sequences, shape.kv_heads)
+        pages = shape.sequences * shape.kv_heads * held
+        table = torch.full((*each, columns), -1, dtype=torch.int32)
+        table[..., -held:] = torch.arange(pages, dtype=torch.int32).view(*each, held)
         pools = [
             torch.randn(pages, shape.page_size, shape.dim, generator=make).to(shape.dtype)
             for _ in range(2)
         ]
-        position = torch.tensor([context - 1], dtype=torch.int32)
+        position = torch.full((shape.sequences,), context - 1, dtype=torch.int32)
         given = shape.inputs(1, seed)
         row = [
-            torch.randn(1, heads, 1, shape.dim, generator=make).to(shape.dtype)
+            torch.randn(shape.sequences, heads, 1, shape.dim, generator=make).to(shape.dtype)
             for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
         ]
         at = position, given["lengths"]
@@ -158,10 +168,12 @@ class Layer:
 
 
 def layer(shape: Shape, context: int, load: Load | None, cache: int) -> Contender:
-    floor = shape.floor_bytes()
+    floor = shape.floor_bytes() + shape.window_bytes()
     count = states_for(floor // 2, cache)
     calls = [Layer(shape, context, load, seed) for seed in range(count)]
-    return Contender(f"layer at {context}", lambda state: calls[state](), count, floor)
+    together = f", {shape.sequences} sequences" if shape.sequences > 1 else ""
+    name = f"layer at {context}{together}"
+    return Contender(name, lambda state: calls[state](), count, floor)
 
 
 def prefill(
@@ -230,10 +242,12 @@ def run(settings: Settings) -> Outcome:
     probes = bandwidth.probes(settings.cache)
     contenders = [step(shape, load, settings.cache) for shape in steps]
     contenders += [layer(steps[0], context, load, settings.cache) for context in contexts]
+    together = replace(steps[0], sequences=2 if settings.quick else TOGETHER)
+    contenders.append(layer(together, contexts[-1], load, settings.cache))
     timings = measure([*contenders, *probes], settings.rounds)
     speed = bandwidth.bandwidths(timings, {probe.name: probe.floor for probe in probes})
     rows = [_row(each, timings[each.name], speed["ordinary"]) for each in contenders]
-    for row, context in zip(rows[len(steps) :], contexts, strict=True):
+    for row, context in zip(rows[len(steps) : -1], contexts, strict=True):
         row["context"] = context
     del contenders, probes
     left_out = []
@@ -250,7 +264,7 @@ def bars(rows: list[dict[str, Any]]) -> list[Bar]:
     found = [
         Bar(f"{row['what']} × floor", row["times_floor"], MOST_FLOORS, at_least=False)
         for row in rows
-        if row["what"].startswith("step")
+        if row["what"].startswith(("step", "layer"))
     ]
     by_context = {row["context"]: row["ms"] for row in rows if "context" in row}
     growth = None

@@ -60,9 +60,13 @@ def test_a_layer_reads_its_window_and_its_state_alone() -> None:
 
 def test_bars() -> None:
     rows = [{"what": "step x", "times_floor": 1.5}, {"what": "step y", "times_floor": 2.5}]
-    rows += [{"what": "layer", "context": n, "ms": ms} for n, ms in ((8192, 1.0), (131072, 1.2))]
+    rows += [
+        {"what": "layer", "context": n, "ms": ms, "times_floor": 2.1}
+        for n, ms in ((8192, 1.0), (131072, 1.2))
+    ]
     rows += [{"what": "prefill", "times_baseline": 3.0}]
-    assert [bar.met for bar in state.bars(rows)] == [True, False, False, True]
+    met = [bar.met for bar in state.bars(rows)]
+    assert met == [True, False, False, False, False, True]
     assert state.bars(rows[:3])[-1].met is None
 
 
@@ -72,7 +76,8 @@ def test_a_quick_run_measures_every_part(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         outcome = state.run(settings)
     kinds = [row["what"].split()[0] for row in outcome.rows]
-    assert kinds == ["step", "layer", "layer", "prefill"]
+    assert kinds == ["step", "layer", "layer", "layer", "prefill"]
+    assert outcome.rows[3]["what"].endswith("2 sequences")
     assert all(column.text(row) for column in outcome.columns for row in outcome.rows)
     assert outcome.rows[-1]["baseline"].startswith("torch, chunks of 16")
     (reason,) = outcome.left_out
