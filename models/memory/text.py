@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import collections.abc
+import re
 import typing
 from types import NoneType
 from typing import Any
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+# A policy may have tuples of its own: only a + before another LAYER= ends it.
+_BETWEEN_LAYERS = re.compile(r"\+(?=[^=+;:,]+=)")
 _SPELLED: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -50,7 +53,7 @@ def parse_value(name: str, text: str, kind: Any) -> Any:
         except ValueError:
             pass
     if collections.abc.Mapping in origins:
-        pairs = [part.partition("=") for part in text.split("+")]
+        pairs = [part.partition("=") for part in _BETWEEN_LAYERS.split(text)]
         if all(equals for _, equals, _ in pairs):
             return {key.strip(): value.strip() for key, _, value in pairs}
     if str in origins or Any in origins:

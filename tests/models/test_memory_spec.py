@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from memcompile.models.memory import PRESETS, Dense, Hierarchical, Scout, preset, preset_from_json
+from memcompile.models.memory import (
+    PRESETS,
+    Dense,
+    Hierarchical,
+    Hybrid,
+    Mixture,
+    Scout,
+    parse_policy,
+    preset,
+    preset_from_json,
+)
 from memcompile.models.memory.parts import PARTS, SCORE_FIELDS, Part, field_width, fields_for
 from memcompile.models.memory.spec import (
     Account,
@@ -306,3 +316,20 @@ def test_evictions_that_are_words_only_are_refused(evict: Evict, text: str) -> N
 def test_what_can_be_built_is_not_refused() -> None:
     for memory in (selecting(), *(kind().memory(3, 0) for kind in PRESETS.values())):
         memory.check_lowered()
+
+
+def test_a_policy_in_a_mixture_may_have_tuples_of_its_own() -> None:
+    text = "mixture:layers=0=hierarchical:levels=8+32;refine=0+2=hybrid:state_layers=1+2+b=dense"
+    assert parse_policy(text) == Mixture(
+        layers={
+            0: Hierarchical(refine=0, levels=(8, 32)),
+            2: Hybrid(state_layers=(1, 2)),
+            "b": Dense(),
+        }
+    )
+    with pytest.raises(ValueError, match=r"expected LAYER=POLICY with \+ between, got 'dense'"):
+        parse_policy("mixture:layers=dense")
+    with pytest.raises(ValueError, match="made of other policies, not of mixtures"):
+        parse_policy("mixture:layers=0=mixture")
+    with pytest.raises(ValueError, match="layer 0 is given two policies"):
+        Mixture(layers={0: "dense", "0": "scout"})
