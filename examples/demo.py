@@ -205,8 +205,8 @@ def main() -> None:
     seconds = time.perf_counter() - started
     console.print(
         "The context is read densely; question and answer are read as the row says. Pages are "
-        "those of all layers and KV heads; bytes are keys, values and index. All of it runs on "
-        f"reference operations: nothing here is about speed. {seconds:.0f} s in all."
+        "those of all layers and KV heads; bytes are keys, values and index. "
+        f"Nothing here is about speed. {seconds:.0f} s in all."
     )
     hold(dense, scout, length >= 16 * INDUCTION_OPTIONS["budget"])
 
