@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 from .spec import Memory
 
 
-class Policy:
+class Policy(ABC):
     """A policy with a name: fields in, one `Memory` a site out; subclasses are frozen dataclasses.
 
     `dense_layers`, where a policy has it, is the number of first layers that stay dense.
@@ -17,9 +18,9 @@ class Policy:
 
     preset: ClassVar[str]
 
+    @abstractmethod
     def memory(self, layer: int, window: int) -> Memory:
         """The memory of the site at `layer` whose own sliding window is `window` (0 = none)."""
-        raise NotImplementedError
 
     def for_layers(self, names: Sequence[str]) -> Self:
         """The policy for a model whose attentions have these names, in order.
