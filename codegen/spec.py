@@ -53,6 +53,8 @@ class KernelSpec:
         group: query heads that share a KV head.
         page_size: slots a page holds; 1 where an index record is read as a key.
         span: tokens a slot stands for.
+        by_slot: pages may begin at any slot of the pools, and their number is that slot's; pools
+            are views whose pages overlap. attend only.
         pages: attend reads "all" pages of the table, the "listed", or the "unlisted" ones.
         bias: attend adds bias [P, page_size] to the logits, after softcap.
         softcap, window: whether the operation takes that argument.
@@ -81,6 +83,7 @@ class KernelSpec:
     group: int = 1
     page_size: int = 1
     span: int = 1
+    by_slot: bool = False
     pages: str = "all"
     bias: bool = False
     softcap: bool = False
@@ -155,6 +158,7 @@ class KernelSpec:
             parts.append(f"p{self.page_size}")
         if self.op == "attend":
             parts += [f"span{self.span}"] if self.span != 1 else []
+            parts += ["by_slot"] if self.by_slot else []
             parts += [self.pages] if self.pages != "all" else []
             flags = ("bias", "softcap", "window", "page_lse", "summaries")
             parts += [flag for flag in flags if getattr(self, flag)]
@@ -407,6 +411,7 @@ def specialise(op: str, args: Sequence[Any]) -> tuple[KernelSpec, tuple[Any, ...
             **_cache(keys, values),
             group=_group(query, given["page_table"]),
             span=int(given["span"]),
+            by_slot=_by_slot(keys, values),
             pages="all" if given["pages"] is None else listed,
             bias=given["bias"] is not None,
             softcap=bool(given["softcap"]),
@@ -469,6 +474,14 @@ def _cache(keys: torch.Tensor, values: torch.Tensor) -> dict[str, Any]:
         "page_size": int(keys.shape[1]),
         "shared_kv": shared,
     }
+
+
+def _by_slot(*pools: torch.Tensor) -> bool:
+    """Whether pools are views whose pages begin at every slot."""
+    overlap = [pool.shape[1] > 1 and pool.stride(0) == pool.stride(1) for pool in pools]
+    if any(overlap) != all(overlap):
+        raise NotCovered("pages of keys and of values are numbered differently")
+    return all(overlap)
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -49,19 +49,23 @@ class _Unmatched(Exception):
         self.declined = Declined(reason, describe(node), "fold_attention", source_line(node))
 
 
-def fold_attention(module: fx.GraphModule) -> PassResult:
+def fold_attention(module: fx.GraphModule, only: Collection[str] | None = None) -> PassResult:
     """Rewrite SDPA calls, and matmul - scale - mask - softmax - dropout - matmul, to one node.
 
     The node takes query ``[B, H, n, Dk]``, key ``[B, Hkv, n, Dk]``, value ``[B, Hkv, n, Dv]``, one
-    mask, the scale and the soft cap. Spelled-out softmax that is not attention is left alone and
-    listed with the point where the match ended.
+    mask, the scale and the soft cap; its meta "folds" names the call it began with. Spelled-out
+    softmax that is not attention is left alone and listed with the point where the match ended.
+
+    Args:
+        only: names of the SDPA or softmax calls to fold; None: all.
     """
     graph, result = module.graph, PassResult(module)
     sizes = _Sizes(graph)
     for node in calls(graph, aten.scaled_dot_product_attention.default):
-        _attempt(result, _fold_sdpa, graph, node, sizes)
+        if only is None or node.name in only:
+            _attempt(result, _fold_sdpa, graph, node, sizes)
     for node in calls(graph, *_SOFTMAX):
-        if node.users:
+        if node.users and (only is None or node.name in only):
             _attempt(result, _fold_spelled, graph, node, sizes)
     remove_dead(graph)
     module.recompile()
@@ -87,7 +91,9 @@ class _Sizes:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.tokens = next(n for n in graph.nodes if n.op == "placeholder")
+        inputs = [n for n in graph.nodes if n.op == "placeholder"]
+        # Dynamo's graphs may begin with a size; only three-axis attention asks for tokens [B, n].
+        self.tokens = next((n for n in inputs if _is_matrix(n)), inputs[0])
         self.made: dict[int, fx.Node] = {}
 
     def axis(self, axis: int) -> fx.Node:
@@ -98,6 +104,11 @@ class _Sizes:
 
     def extent(self, axis: int) -> Any:
         return extent(self.tokens.meta["val"].shape[axis])
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() == 2 and value.dtype == torch.int64
 
 
 def _fold_sdpa(graph: fx.Graph, node: fx.Node, sizes: _Sizes) -> None:
@@ -112,7 +123,8 @@ def _fold_sdpa(graph: fx.Graph, node: fx.Node, sizes: _Sizes) -> None:
         raise _Unmatched("the scale is computed in the graph, not a number", node)
     mask, causal = argument(node, "attn_mask"), argument(node, "is_causal")
     with graph.inserting_before(node):
-        _replace(graph, node, query, key, value, mask, causal, float(scale), 0.0, sizes)
+        new = _replace(graph, node, query, key, value, mask, causal, float(scale), 0.0, sizes)
+        new.meta["folds"] = node.name
 
 
 @dataclass
@@ -142,7 +154,9 @@ def _fold_spelled(graph: fx.Graph, softmax: fx.Node, sizes: _Sizes) -> None:
         if narrowest < min(_precision(found.product), _precision(value)):
             raise _Unmatched("the probabilities are rounded to a narrower type", softmax)
         mask = _one_mask(graph, found, softmax)
-        _replace(graph, end, query, key, value, mask, False, found.scale, found.softcap, sizes)
+        cap = found.softcap
+        new = _replace(graph, end, query, key, value, mask, False, found.scale, cap, sizes)
+        new.meta["folds"] = softmax.name
 
 
 def _walk_up(node: fx.Node, found: _Logits) -> None:
@@ -403,7 +417,7 @@ def _replace(
     scale: float,
     softcap: float,
     sizes: _Sizes,
-) -> None:
+) -> fx.Node:
     """Put the attention node in place of `node`, through 4-D views where the model is 3-D."""
     shape = extents(query)
     tensors = [query, key, value]
@@ -414,6 +428,8 @@ def _replace(
         )
     if len(extents(key)) != len(shape) or len(extents(value)) != len(shape):
         raise _Unmatched("queries, keys and values have different numbers of axes", node)
+    if flat and not _is_matrix(sizes.tokens):
+        raise _Unmatched("three axes, and no input [B, n] of tokens to tell the batch by", node)
     if mask is not None and flat and mask.meta["val"].dim() == 3:
         mask = _mask_to_heads(graph, mask, sizes, node)
     if flat:
@@ -449,6 +465,7 @@ def _replace(
     if out.meta["val"].dtype != node.meta["val"].dtype:
         out = emit(graph, aten.to.dtype, out, node.meta["val"].dtype)
     node.replace_all_uses_with(out)
+    return new
 
 
 def _heads_of(node: fx.Node, sizes: _Sizes, at: fx.Node) -> int:

@@ -15,6 +15,9 @@ from torch._guards import detect_fake_mode
 
 aten = torch.ops.aten
 
+# How a slice without an end is written.
+LAST = 2**63 - 1
+
 _TORCH = os.path.dirname(torch.__file__)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
@@ -100,13 +103,30 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
 
 
 def remove_dead(graph: fx.Graph) -> int:
-    """Drop calls nobody uses; every call left in a normal-form graph is pure."""
+    """Drop calls that nobody uses and that do nothing beside their result."""
     removed = 0
     for node in reversed(list(graph.nodes)):
-        if node.op in ("call_function", "get_attr") and not node.users:
+        if (
+            node.op in ("call_function", "get_attr")
+            and not node.users
+            and not changes_something(node)
+        ):
             graph.erase_node(node)
             removed += 1
     return removed
+
+
+def takes_whole_axis(node: fx.Node) -> bool:
+    """Whether a slice leaves nothing out, whatever the axis's length."""
+    start, end, step = (argument(node, name) for name in ("start", "end", "step"))
+    return start in (None, 0) and (end is None or end == LAST) and step == 1
+
+
+def changes_something(node: fx.Node) -> bool:
+    """Whether a call does something beside its result: writes a tensor, or sets a mode."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    return node.op == "call_function" and node.target in fx.node._side_effectful_functions
 
 
 def scalar_value(node: Any) -> float | None:

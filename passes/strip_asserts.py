@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .graph_tools import argument, aten, extents, remove_dead
+from .graph_tools import argument, aten, extents, remove_dead, takes_whole_axis
 from .result import PassResult
 
 _ASSERTIONS = (
@@ -17,7 +17,6 @@ _ASSERTIONS = (
 )
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
 _IDENTITIES = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
-_LAST = 2**63 - 1
 
 
 def strip_asserts(module: fx.GraphModule) -> PassResult:
@@ -47,8 +46,7 @@ def _is_identity(node: fx.Node) -> bool:
     if node.target in _CASTS:
         return before.dtype == after.dtype and before.device == after.device
     if node.target is aten.slice.Tensor:
-        start, end, step = (argument(node, name) for name in ("start", "end", "step"))
-        return start in (None, 0) and (end is None or end == _LAST) and step == 1
+        return takes_whole_axis(node)
     if node.target is aten.dropout.default:
         return argument(node, "train") is False or argument(node, "p") == 0
     if node.target is aten.expand.default:

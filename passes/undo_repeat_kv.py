@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import fx
 
-from .graph_tools import aten, calls, describe, extents, remove_dead, source_line
+from .graph_tools import (
+    aten,
+    calls,
+    describe,
+    extents,
+    remove_dead,
+    source_line,
+    takes_whole_axis,
+)
 from .result import Declined, PassResult
 
 _VIEW = (
@@ -71,6 +79,10 @@ def _before_repeat(node: fx.Node) -> fx.Node | None:
     if len(shape) != 5 or out != (shape[0], shape[1] * shape[2], *shape[3:]):
         return None
     single = spread.args[0]
+    while isinstance(single, fx.Node) and single.target is aten.slice.Tensor:
+        if not takes_whole_axis(single):
+            return None
+        single = single.args[0]
     if not isinstance(single, fx.Node) or extents(single) != (*shape[:2], 1, *shape[3:]):
         return None
     if single.target is aten.unsqueeze.default and single.args[1] in (2, -3):

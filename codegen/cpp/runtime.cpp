@@ -154,6 +154,17 @@ class Operator final : public c10::OperatorKernel {
     return t.data_ptr();
   }
 
+  // Pages [P, page_size, width], one after the other or, by slot, beginning at every slot.
+  void* pages(const at::Tensor& t, const char* name, at::ScalarType type, int64_t count,
+              int64_t width) const {
+    if (!spec_.by_slot) return pool(t, name, type, {count, spec_.page_size, width});
+    check(t, name, type, {count, spec_.page_size, width});
+    TORCH_CHECK_VALUE(t.stride(2) == 1 && t.stride(1) == width && (count == 1 || t.stride(0) == width),
+                      spec_.name, ": ", name, " has strides ", t.strides(),
+                      "; pages that begin at every slot have [", width, ", ", width, ", 1]");
+    return t.data_ptr();
+  }
+
   // Copies only where the last axis has gaps; `held` keeps the copy alive.
   Rows rows(const at::Tensor& t, const char* name, at::IntArrayRef sizes, at::Tensor& held) const {
     return rows(t, name, scalar_type(spec_.type), sizes, held);
@@ -266,11 +277,9 @@ class Operator final : public c10::OperatorKernel {
     Held held;
     AttendArgs args{};
     args.query = this->rows(query, "query", {batch, heads, rows, spec_.key_dim}, held.a);
-    args.key_pages =
-        pool(key_pages, "key_pages", type, {pool_pages, spec_.page_size, spec_.key_dim});
+    args.key_pages = pages(key_pages, "key_pages", type, pool_pages, spec_.key_dim);
     if (!spec_.shared_kv) {
-      args.value_pages = pool(given.tensor(), "value_pages", type,
-                              {pool_pages, spec_.page_size, spec_.value_dim});
+      args.value_pages = pages(given.tensor(), "value_pages", type, pool_pages, spec_.value_dim);
     }
     if (spec_.bias) {
       args.bias = static_cast<const float*>(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,7 @@ def emit_read(
     softcap: float,
     window: int,
     dtype: torch.dtype,
+    beside: Sequence[tuple[Any, Any]] = (),
 ) -> tuple[Any, Any]:
     """Reads the memory for query [B,H,n,Dk], after the write of the same tokens.
 
@@ -90,6 +91,7 @@ def emit_read(
             that selects nothing reads every page in both.
         window: the site's own sliding window, 0 = none.
         dtype: element type of the result, the query's own.
+        beside: reads (out, lse) of keys that the pages do not hold, for the same softmax.
 
     Returns:
         [B, H, n, Dv], and where the memory leaves out pages, those that were read: an int tensor
@@ -108,23 +110,35 @@ def emit_read(
         )
     pages = None
     if memory.state is not None:
+        if beside:
+            raise ValueError(f"memory {memory.name!r} keeps a state, which no other read may join")
         out = _read_state(emit, memory, site, read, asked)
-    elif memory.account is not None:
-        out, pages = _read_and_account(emit, memory, site, asked)
+        return emit(torch.ops.aten.to.dtype, out, dtype), None
+    if memory.account is not None:
+        if beside:
+            raise ValueError(f"memory {memory.name!r} keeps an account of its own pages alone")
+        reads, pages = _read_and_account(emit, memory, site, asked)
     elif read == "dense" or memory.select is None:
-        out = _first(emit, _attend(emit, site, asked, window=window))
+        reads = [_attend(emit, site, asked, window=window)]
     elif memory.levels:
-        out, pages = _read_levels(emit, memory, site, asked)
+        reads, pages = _read_levels(emit, memory, site, asked)
     elif memory.score is None:
         pages = _held(emit, site, asked, memory.page_size, memory.sink_pages, memory.window_pages)
-        out = _first(emit, _attend(emit, site, asked, pages))
+        reads = [_attend(emit, site, asked, pages)]
     else:
-        out, pages = _read_selected(emit, memory, site, asked)
+        reads, pages = _read_selected(emit, memory, site, asked)
+    out = _merged(emit, reads, beside)
     return emit(torch.ops.aten.to.dtype, out, dtype), pages
 
 
-def _first(emit: Emit, results: Any) -> Any:
-    return emit(operator.getitem, results, 0)
+def _merged(emit: Emit, reads: Sequence[Any], beside: Sequence[tuple[Any, Any]]) -> Any:
+    """One softmax over the keys of several reads."""
+    if len(reads) == 1 and not beside:
+        return emit(operator.getitem, reads[0], 0)
+    parts = [[emit(operator.getitem, read, i) for read in reads] for i in (0, 1)]
+    outs, lses = (part + [read[i] for read in beside] for i, part in enumerate(parts))
+    merged = emit(torch.ops.memcompile.combine.default, outs, lses)
+    return emit(operator.getitem, merged, 0)
 
 
 def _attend(
@@ -152,20 +166,47 @@ def _held(emit: Emit, site: SiteTensors, asked: Query, size: int, sinks: int, wi
     )
 
 
-def _read_selected(emit: Emit, memory: Memory, site: SiteTensors, asked: Query) -> tuple[Any, Any]:
+def _attend_records(
+    emit: Emit,
+    asked: Query,
+    record: Mapping[str, Any],
+    table: Any,
+    pages: Any,
+    exclude: bool,
+    size: int,
+) -> Any:
+    """Records of `size` tokens, each as one key: the listed, or every one but those."""
+    return emit(
+        torch.ops.memcompile.attend.default,
+        asked.query,
+        *(emit(torch.ops.aten.unsqueeze.default, record[f], 1) for f in KEY_AND_VALUE),
+        *(record["log_count"], table, pages, exclude),
+        *(asked.position, asked.lengths, asked.scale, asked.softcap, 0, size),
+    )
+
+
+def _read_selected(
+    emit: Emit, memory: Memory, site: SiteTensors, asked: Query
+) -> tuple[list[Any], Any]:
     """The best pages, and with compensation the others by their records."""
     assert memory.score is not None
     select = torch.ops.memcompile.score_select
+    apart = site.record_table is not None
+    table = site.record_table if apart else site.page_table
+    fused = memory.compensate and not apart
     chosen = emit(
-        select.page_logits if memory.compensate else select.default,
-        *(asked.query, list(site.index), list(memory.fields), site.page_table),
+        select.page_logits if fused else select.default,
+        *(asked.query, list(site.index), list(memory.fields), table),
         *(asked.position, asked.lengths, memory.score.kind, memory.page_size),
         *(memory.sink_pages, memory.window_pages, memory.capacity, memory.budget_pages),
         memory.dense_below,
     )
     if not memory.compensate:
-        return _first(emit, _attend(emit, site, asked, chosen)), chosen
+        return [_attend(emit, site, asked, chosen)], chosen
     record = dict(zip(memory.fields, site.index, strict=True))
+    if apart:
+        others = _attend_records(emit, asked, record, table, chosen, True, memory.page_size)
+        return [_attend(emit, site, asked, chosen), others], chosen
     pages, logits = (emit(operator.getitem, chosen, i) for i in (0, 1))
     both = emit(
         torch.ops.memcompile.attend.summaries,
@@ -173,10 +214,12 @@ def _read_selected(emit: Emit, memory: Memory, site: SiteTensors, asked: Query) 
         *(record["value_mean"], record["log_count"], asked.position, asked.lengths),
         *(asked.scale, asked.softcap),
     )
-    return _first(emit, both), pages
+    return [both], pages
 
 
-def _read_levels(emit: Emit, memory: Memory, site: SiteTensors, asked: Query) -> tuple[Any, Any]:
+def _read_levels(
+    emit: Emit, memory: Memory, site: SiteTensors, asked: Query
+) -> tuple[list[Any], Any]:
     """From the coarsest level down: what is not opened is read as one key, the rest a level finer.
 
     Every token is read once, since a record is either opened or read.
@@ -190,18 +233,10 @@ def _read_levels(emit: Emit, memory: Memory, site: SiteTensors, asked: Query) ->
         opened = _opened(emit, memory, site, asked, number, candidates)
         left = opened if candidates is None else emit(lists.without, candidates, opened)
         record = dict(zip(memory.fields, records, strict=True))
-        reads.append(
-            emit(
-                torch.ops.memcompile.attend.default,
-                asked.query,
-                *(emit(torch.ops.aten.unsqueeze.default, record[f], 1) for f in KEY_AND_VALUE),
-                *(record["log_count"], table, left, candidates is None),
-                *(asked.position, asked.lengths, asked.scale, asked.softcap, 0, level.size),
-            )
-        )
+        every = candidates is None
+        reads.append(_attend_records(emit, asked, record, table, left, every, level.size))
     reads.append(_attend(emit, site, asked, opened))
-    parts = [[emit(operator.getitem, read, i) for read in reads] for i in (0, 1)]
-    return _first(emit, emit(torch.ops.memcompile.combine.default, *parts)), opened
+    return reads, opened
 
 
 KEY_AND_VALUE = ("mean", "value_mean")
@@ -228,16 +263,16 @@ def _opened(
 
 def _read_and_account(
     emit: Emit, memory: Memory, site: SiteTensors, asked: Query
-) -> tuple[Any, Any]:
+) -> tuple[list[Any], Any]:
     """Every page that is left; the mass each received is added to its account."""
     assert memory.account is not None
     read = _attend(emit, site, asked, page_lse=True)
-    out, lse, page_lse = (emit(operator.getitem, read, i) for i in range(3))
+    lse, page_lse = (emit(operator.getitem, read, i) for i in (1, 2))
     pages = emit(
         lists.account,
         *(site.account, page_lse, lse, asked.lengths, memory.account.decay),
     )
-    return out, pages
+    return [read], pages
 
 
 def _read_state(emit: Emit, memory: Memory, site: SiteTensors, read: str, asked: Query) -> Any:

@@ -34,6 +34,8 @@ class SiteTensors:
         account: [B, Hkv, pages of the table].
         state, norm: see `state_step` in `ops.py`.
         weights: of a state, see `hybrid.state_weights`; not part of the flat list.
+        record_table: rows of the index, where they are not those of the pages; not part of it
+            either.
     """
 
     page_table: Any
@@ -45,6 +47,7 @@ class SiteTensors:
     state: Any = None
     norm: Any = None
     weights: Mapping[str, Any] = field(default_factory=dict)
+    record_table: Any = None
 
     @classmethod
     def take(

@@ -154,6 +154,7 @@ struct Spec {
   bool shared_kv;
   int64_t group;
   int64_t page_size;
+  bool by_slot;     // attend's pages begin at any slot
   bool list;        // attend takes a list of pages:
   bool exclude;     // to leave out
   bool bias;
