@@ -112,6 +112,12 @@ def _decode(settings: Settings) -> Outcome:
     return run(settings)
 
 
+def _backend(settings: Settings) -> Outcome:
+    from .backend import run
+
+    return run(settings)
+
+
 def _compile_time(settings: Settings) -> Outcome:
     from .compile_time import run
 
@@ -126,6 +132,7 @@ BENCHMARKS = {
         Benchmark("state", "a fixed-size state: steps, a layer by context, prefill", _state),
         Benchmark("linear", "one token through 16-bit linear layers", _linear),
         Benchmark("decode", "one token through a 32-layer Llama, by context", _decode),
+        Benchmark("backend", "the same through torch.compile over a StaticCache", _backend),
         Benchmark("compile-time", "module to running engine, 32 layers", _compile_time),
     )
 }
