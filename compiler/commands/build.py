@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..arguments import policy_options, split_spec
+from ..progress import doing
 from . import options
 from .files import default_name
 from .options import Source
@@ -57,23 +58,27 @@ def build(
     target = out or Path(default_name(source.path, policy))
     from ..package import check_target, write
     from ..pipeline import build as build_model
+    from ..report import stage
 
     if not dry_run:
         check_target(target, force)
 
-    loaded, seconds = source.load()
+    timings: dict[str, float] = {}
+    with stage(timings, "load"):
+        loaded = source.load()
     compiled = build_model(
         loaded.model, policy, strict=not no_strict, kernels=kernels, name=source.name, **chosen
     )
     report = compiled.report
-    report.timings = {"load": seconds, **report.timings}
+    report.timings = {**timings, **report.timings}
     written = not dry_run and compiled.program is not None
     if written:
-        write(target, compiled, source=loaded.tokenizer, force=force)
-    if quiet:
-        return
+        with doing("write"):
+            write(target, compiled, source=loaded.path, force=force)
     if as_json:
         show_json(report.to_json())
+        return
+    if quiet:
         return
     show(report)
     why = "--dry-run" if dry_run else "there is no step graph"

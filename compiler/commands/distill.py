@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..arguments import BadInput, parse_ids, policy_options, split_spec
+from ..progress import doing
 from . import options
 from .files import default_name, read_text
 from .options import Source
@@ -68,6 +69,7 @@ from .output import show, show_json
 @options.kernels
 @options.source()
 @options.as_json
+@options.quiet
 def distill(
     source: Source,
     policy: str,
@@ -84,6 +86,7 @@ def distill(
     force: bool,
     kernels: str | None,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Fit the states that a policy gives MODEL's layers to the attention they replace.
 
@@ -117,10 +120,13 @@ def distill(
         checkpoint_every,
         kernels,
     )
-    loaded, _ = source.load()
+    with doing("load"):
+        loaded = source.load()
     outcome = run_distillation(loaded, source.name, source.max_context, given, target)
     if as_json:
         show_json(outcome.to_json())
+        return
+    if quiet:
         return
     show(report(outcome))
     for operation, why in outcome.references.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..arguments import BadInput, nearest, parse_numbers, parse_policies
+from ..progress import doing
 from . import options
 from .files import default_name
 from .options import Source
@@ -59,6 +60,7 @@ from .output import show, show_json
 @options.kernels
 @options.source("MODEL_OR_DIR")
 @options.as_json
+@options.quiet
 def evaluate(
     source: Source,
     policies: tuple[str, ...],
@@ -74,6 +76,7 @@ def evaluate(
     out: Path | None,
     kernels: str | None,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Measure what policies cost in quality, against dense on the same prompts.
 
@@ -122,11 +125,14 @@ def evaluate(
                 raise BadInput(f"{flag} goes with a model; {source.path} was compiled already")
         subject = package_subject(source.path)
     else:
-        loaded, _ = source.load()
+        with doing("load"):
+            loaded = source.load()
         subject = subject_of(loaded, source.name, source.max_context)
     outcome = run_evaluation(subject, given, folder)
     if as_json:
         show_json(outcome.to_json())
+        return
+    if quiet:
         return
     show(report(outcome))
     click.echo(f"wrote {', '.join(sorted(path.name for path in outcome.files))} to {folder}/")

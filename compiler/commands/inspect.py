@@ -8,6 +8,7 @@ import click
 
 from ..arguments import parse_policies
 from ..exit_codes import NOT_REWRITTEN
+from ..progress import doing
 from . import options
 from .options import Source
 from .output import show, show_json
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 )
 @options.source()
 @options.as_json
-def inspect(source: Source, policies: tuple[str, ...], as_json: bool) -> None:
+@options.quiet
+def inspect(source: Source, policies: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     """Show MODEL's attentions and what each policy would make of them; write nothing."""
     from ...models.memory import PRESETS, Mixture
     from ..capture import capture
@@ -41,25 +43,28 @@ def inspect(source: Source, policies: tuple[str, ...], as_json: bool) -> None:
         if kind is not Mixture
     }
 
-    loaded, _ = source.load()
-    captured = capture(loaded.model, max_context=source.max_context)
+    with doing("load"):
+        loaded = source.load()
+    with doing("capture"):
+        captured = capture(loaded.model, max_context=source.max_context)
     captured.name = source.name
     reports: dict[str, Report] = {}
     refused = False
     for name, (kind, chosen) in wanted.items():
-        compiled = build_captured(
-            captured,
-            choose(kind, chosen),
-            max_context=source.max_context,
-            strict=False,
-            check=False,
-            kernels="off",  # nothing is run
-        )
+        with doing(name):
+            compiled = build_captured(
+                captured,
+                choose(kind, chosen),
+                max_context=source.max_context,
+                strict=False,
+                check=False,
+                kernels="off",  # nothing is run
+            )
         reports[name] = compiled.report
         refused |= compiled.program is None
     if as_json:
         show_json({name: report.to_json() for name, report in reports.items()})
-    else:
+    elif not quiet:
         show(comparison(reports))
     if refused:
         raise click.exceptions.Exit(NOT_REWRITTEN)

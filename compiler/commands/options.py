@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import progress
 from ..settings import KERNELS
 from .files import absolute
 
@@ -39,18 +39,16 @@ class Source:
         """What reports call the model: the last part of its path."""
         return absolute(self.path).name
 
-    def load(self) -> tuple[Loaded, float]:
-        """The model, and the seconds that reading it took."""
+    def load(self) -> Loaded:
+        """The model."""
         from ..load import load
 
-        started = time.perf_counter()
-        loaded = load(
+        return load(
             self.path,
             arch=self.arch,
             arch_config=self.arch_config,
             trust_pickle=self.trust_pickle,
         )
-        return loaded, time.perf_counter() - started
 
 
 def source(metavar: str = "MODEL") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -121,4 +119,17 @@ settings = click.option(
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 
-quiet = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+
+def _show_progress(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """Progress is for as long as the command runs."""
+    if not context.resilient_parsing:
+        context.with_resource(progress.shown(quiet=value))
+    return value
+
+
+quiet = click.option(
+    "--quiet",
+    is_flag=True,
+    callback=_show_progress,
+    help="Print nothing but errors, and what --json asks for.",
+)
