@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .archive import load_program, one_line, open_zip, read_program
+from .arguments import nearest_path
 from .folder import load_folder, tokenizer_folder, weight_files
 from .signature import check_program
 from .sniff import Found, pickled_names, sniff
@@ -99,7 +100,9 @@ def load(
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file or folder; {_EXPECTED}")
+        raise FileNotFoundError(
+            f"{path}: there is no such file or folder{nearest_path(path)}; {_EXPECTED}"
+        )
     if path.is_dir():
         if arch is not None:
             raise ValueError(f"{path}: --arch goes with a state dict, and this is a folder")

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from ..models.memory import preset_from_json
 from .archive import one_line, read_program, rewrite
+from .arguments import nearest_path
 from .folder import tokenizer_files
 from .policy_file import FittedPolicy, read_policy, write_policy
 
@@ -68,12 +69,13 @@ def write(
         new.mkdir()
         _fill(new, compiled, source)
         check_target(out, force)
-        if target.exists():
-            target.rename(old)
         try:
+            if target.exists():
+                target.rename(old)
             new.rename(target)
         except BaseException:
-            if old.exists():
+            # An interrupt, too, may come between the two: what is in `scratch` goes with it.
+            if old.exists() and not target.exists():
                 old.rename(target)
             raise
     return out
@@ -342,7 +344,7 @@ def _restored(tensor: Tensor, hollow: Tensor, strides: list[int] | None) -> Tens
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, once every file has been found to be the one it describes."""
     if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing there"
+        found = "a file" if folder.exists() else f"nothing there{nearest_path(folder)}"
         raise FileNotFoundError(f"{folder}: {found}; expected a folder that memcompile wrote")
     path = folder / _MANIFEST
     if not path.is_file():
