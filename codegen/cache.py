@@ -146,8 +146,10 @@ def remove(gone: Iterable[Entry]) -> int:
             size = file.stat().st_size
             file.unlink()
             freed += size
-        for folder in (entry.path, entry.path.parent):
-            if folder.is_dir() and not any(folder.iterdir()):
+        for folder in (entry.path, *entry.path.parents):
+            if folder == root() or (folder.is_dir() and any(folder.iterdir())):
+                break
+            if folder.is_dir():
                 folder.rmdir()
     return freed
 

@@ -14,16 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
+from click.shell_completion import CompletionItem, shell_complete
 
 from .. import __version__
 from .arguments import BadInput, nearest_path
 from .commands.build import build
 from .commands.cache import cache
-from .commands.completion import completion
+from .commands.completion import VARIABLE, completion
 from .commands.distill import distill
 from .commands.evaluate import evaluate
 from .commands.inspect import inspect
@@ -61,14 +60,6 @@ class Commands(SuggestingGroup):
                 check_word(args[0], [name for name, c in self.commands.items() if not c.hidden])
             args = ["build", *args]
         return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            # Whoever read has had enough; what is left in the buffer has nowhere to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise click.exceptions.Exit(BROKEN_PIPE) from None
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Commands, and what `build` takes: the first word may be a model or an option of it."""
@@ -138,13 +129,25 @@ def _terminable() -> Iterator[None]:
 
 
 def _run(arguments: list[str] | None) -> int:
+    instruction = os.environ.get(VARIABLE)
+    if instruction:
+        return shell_complete(commands, {}, "memcompile", VARIABLE, instruction)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        code = commands.main(args=arguments, prog_name="memcompile", standalone_mode=False)
-        return code if isinstance(code, int) else OK
+        with commands.make_context("memcompile", [*given]) as context:
+            commands.invoke(context)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return OK
+    except click.exceptions.Exit as end:
+        return end.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
-        # click gives the interrupt as the cause of its own.
-        ended = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)
-        return TERMINATED if ended else INTERRUPTED
+        click.echo(err=True)  # what follows does not stand behind the terminal's ^C
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read has had enough; what is left in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return BAD_INPUT

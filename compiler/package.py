@@ -343,16 +343,7 @@ def _restored(tensor: Tensor, hollow: Tensor, strides: list[int] | None) -> Tens
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, once every file has been found to be the one it describes."""
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else f"nothing there{nearest_path(folder)}"
-        raise FileNotFoundError(f"{folder}: {found}; expected a folder that memcompile wrote")
-    path = folder / _MANIFEST
-    if not path.is_file():
-        names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise FileNotFoundError(
-            f"{folder}: no {_MANIFEST} in it (it holds {names}); expected a folder that memcompile "
-            "wrote"
-        )
+    path = manifest_path(folder)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -401,6 +392,25 @@ def _check_file(folder: Path, name: str, facts: Any) -> None:
         )
     if _sha256(file) != facts.get("sha256"):
         raise ValueError(f"{file}: not the file that was written (its sha256 differs)")
+
+
+def manifest_path(folder: Path) -> Path:
+    """The manifest in a folder that memcompile wrote; nothing is read yet.
+
+    Raises:
+        FileNotFoundError: there is none; the message says what is there.
+    """
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else f"nothing there{nearest_path(folder)}"
+        raise FileNotFoundError(f"{folder}: {found}; expected a folder that memcompile wrote")
+    path = folder / _MANIFEST
+    if not path.is_file():
+        names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise FileNotFoundError(
+            f"{folder}: no {_MANIFEST} in it (it holds {names}); expected a folder that memcompile "
+            "wrote"
+        )
+    return path
 
 
 def is_package(folder: Path) -> bool:

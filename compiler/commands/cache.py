@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...codegen import cache as store
 from ..arguments import BadInput
 from . import options
 from .output import show, show_json
@@ -17,6 +17,8 @@ from .suggest import SuggestingGroup
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from ...codegen.cache import Entry
 
 
 @click.group(cls=SuggestingGroup)
@@ -29,9 +31,11 @@ def cache() -> None:
 @options.quiet
 def show_cache(as_json: bool, quiet: bool) -> None:
     """Show what is kept, how large it is and where."""
+    from ...codegen import cache as store
+
     entries = store.entries()
     if as_json:
-        show_json(_as_json(entries))
+        show_json(_as_json(entries, store.root()))
     elif not quiet:
         if entries:
             show(_table(entries))
@@ -44,6 +48,8 @@ def show_cache(as_json: bool, quiet: bool) -> None:
 @options.quiet
 def clear_cache(yes: bool, as_json: bool, quiet: bool) -> None:
     """Remove what is kept. Kernels are generated anew when they are needed."""
+    from ...codegen import cache as store
+
     entries = store.entries()
     if entries and not yes:
         if sys.stdin is None or not sys.stdin.isatty():
@@ -60,7 +66,7 @@ def clear_cache(yes: bool, as_json: bool, quiet: bool) -> None:
         click.echo(f"removed {_number(entries)} from {store.root()}: {bytes_of(freed)} freed")
 
 
-def _table(entries: Sequence[store.Entry]) -> Table:
+def _table(entries: Sequence[Entry]) -> Table:
     from rich.table import Table
 
     from ..report import bytes_of
@@ -77,9 +83,9 @@ def _table(entries: Sequence[store.Entry]) -> Table:
     return table
 
 
-def _as_json(entries: Sequence[store.Entry]) -> dict[str, Any]:
+def _as_json(entries: Sequence[Entry], root: Path) -> dict[str, Any]:
     return {
-        "root": str(store.root()),
+        "root": str(root),
         "bytes": sum(entry.bytes for entry in entries),
         "entries": [
             {
@@ -95,11 +101,11 @@ def _as_json(entries: Sequence[store.Entry]) -> dict[str, Any]:
     }
 
 
-def _counted(entries: Sequence[store.Entry]) -> str:
+def _counted(entries: Sequence[Entry]) -> str:
     from ..report import bytes_of
 
     return f"{_number(entries)}, {bytes_of(sum(entry.bytes for entry in entries))}"
 
 
-def _number(entries: Sequence[store.Entry]) -> str:
+def _number(entries: Sequence[Entry]) -> str:
     return f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}"

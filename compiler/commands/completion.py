@@ -5,7 +5,9 @@ from __future__ import annotations
 import click
 from click.shell_completion import BashComplete, ShellComplete, get_completion_class
 
-_VARIABLE = "_MEMCOMPILE_COMPLETE"
+from .options import Choice
+
+VARIABLE = "_MEMCOMPILE_COMPLETE"
 # click's own lets file names take the place of all else. Here the first word may be a command or a
 # path, and both are offered.
 _BASH = r"""%(complete_func)s() {
@@ -32,12 +34,12 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 
 
 @click.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
     """Print the script that completes commands, options and paths in a shell."""
     root = context.find_root()
-    script = _kind(shell)(root.command, {}, root.info_name or "memcompile", _VARIABLE)
+    script = _kind(shell)(root.command, {}, root.info_name or "memcompile", VARIABLE)
     click.echo(script.source(), nl=False)
 
 

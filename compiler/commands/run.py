@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option(
     "--read",
-    type=click.Choice(["policy", "dense"]),
+    type=options.Choice(["policy", "dense"]),
     default="policy",
     show_default=True,
     help="Read the new tokens through the policy, or every page.",
@@ -76,7 +76,7 @@ def run(
     comes, the figures to stderr.
     """
     from ...runtime.sampling import Sampling
-    from ..package import open_engine
+    from ..package import manifest_path, open_engine
 
     drawn = {name: value for name, value in sampling.items() if value is not None}
     Sampling.of(**drawn)  # before anything slow
@@ -86,12 +86,13 @@ def run(
         raise BadInput("--stop: give a text, not an empty one")
     ends = _ends(eos)
     text = _prompt(prompt, prompt_file)
-    with doing("read"):
-        engine = open_engine(folder, kernels=kernels)
+    manifest_path(folder)
     words = None if ids else tokenizer(folder)
     tokens = parse_ids(text) if words is None else words.encode(text).ids
     if not tokens:
         raise BadInput("run: the prompt holds no token")
+    with doing("read"):
+        engine = open_engine(folder, kernels=kernels)
     if ends is None:
         # What lies beside a model may name tokens that this one does not have.
         ends = [end for end in end_tokens(folder, words) if end < engine.vocabulary]
