@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from ..models.memory.traffic import bytes_read, pages_read
 from .generate import Decode, stream
 from .memory_state import MemoryState
 from .site_layout import SiteLayout
+
+if TYPE_CHECKING:
+    from .transformers_bridge import Origin
 
 # Tokens that run at a time: bounds what a call needs beside its result, and changes no result.
 CHUNK_TOKENS = 512
@@ -36,6 +39,7 @@ class Program:
         max_context: context to preallocate, or None to grow.
         vocabulary: tokens are 0 .. vocabulary - 1.
         device: where the weights are.
+        origin: the transformers model that this was, without its weights; None if it was none.
     """
 
     dense: Step
@@ -47,6 +51,7 @@ class Program:
     max_context: int | None
     vocabulary: int
     device: torch.device
+    origin: Origin | None = None
 
     @cached_property
     def dense_below(self) -> int:
@@ -126,6 +131,7 @@ class Engine:
         # Counts stay tensors until asked for, so that a step never waits for them.
         self._log: list[tuple[str, list[int], list[int], Tensor | None]] = []
         self._stats = Stats()
+        self._hold = False
 
     # --- running ---
 
@@ -257,15 +263,72 @@ class Engine:
         """Whether rows may stand at different positions."""
         return self._program.ragged
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights and the memory are."""
+        return self._program.device
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether tokens can be taken back: states and accounts cannot give up what they took."""
+        return not any(x.memory.state or x.memory.account for x in self._program.layouts)
+
+    @property
+    def holds(self) -> bool:
+        """Whether `hold` was called."""
+        return self._hold
+
+    def like(self, other: Engine) -> bool:
+        """Whether both run the same compiled model."""
+        return self._program is other._program
+
+    @property
+    def transformers(self) -> Any:
+        """This model as a transformers model, for transformers' own ``generate``.
+
+        An instance of the class that was compiled, without weights: its forward runs on engines of
+        this compilation, each `MemoryCache` with one of its own. This engine's memory is not
+        touched. See docs/generation.md.
+
+        Raises:
+            ValueError: what was compiled is no transformers model that generates.
+        """
+        from .transformers_bridge import bridge
+
+        empty = self.fork()
+        empty.reset()
+        return bridge(empty, self._program.origin)
+
     def reset(self) -> None:
         """Forget everything, statistics too; the next call may have another batch size."""
         self._state, self._log, self._stats = None, [], Stats()
 
-    def fork(self) -> Engine:
-        """An engine that remembers the same and goes its own way; weights are shared."""
+    def fork(self, rows: Sequence[int] | Tensor | None = None) -> Engine:
+        """An engine that remembers the same and goes its own way; weights are shared.
+
+        Args:
+            rows: the rows it remembers, in order, each any number of times: ``[0] * 4`` goes on
+                from one prompt in four ways. None: all.
+
+        Raises:
+            ValueError: a row that is not there, or rows of an engine that remembers nothing.
+        """
         other = Engine(self._program, always_select=self._always_select)
         other._state = self._state.fork() if self._state is not None else None
+        other._hold = self._hold
+        if rows is not None:
+            other.select(rows)
         return other
+
+    def select(self, rows: Sequence[int] | Tensor) -> None:
+        """Make row i what row ``rows[i]`` was: reorder, drop or repeat what is remembered.
+
+        Raises:
+            ValueError: as `fork`.
+        """
+        if self._state is None:
+            raise ValueError(f"rows {rows}: this engine remembers none yet; prefill it first")
+        self._state.select(rows.tolist() if isinstance(rows, Tensor) else rows)
 
     def adopt(self, other: Engine) -> None:
         """Remember what `other` remembers, instead of what this engine did.
@@ -297,6 +360,25 @@ class Engine:
             raise ValueError(f"cannot take back {n} tokens: rows hold {self.position}")
         if self._state is not None:
             self._state.rewind([held - n for held in self.position])
+
+    def hold(self) -> None:
+        """Keep what a `rewind` to here or later needs, until the next call of this.
+
+        Without it a sliding window's pages are freed as soon as no later token reads them.
+
+        Raises:
+            ValueError: a site keeps a state or an account, which nothing can be taken out of.
+        """
+        for layout in self._program.layouts:
+            if layout.memory.state or layout.memory.account:
+                kept = "a state" if layout.memory.state else "an account"
+                raise ValueError(
+                    f"{layout.name} keeps {kept}, which cannot give back what it took in: this "
+                    "memory cannot be rewound, whatever is held; take a policy without one"
+                )
+        self._hold = True
+        if self._state is not None:
+            self._state.hold()
 
     def memory_bytes(self) -> int:
         """Bytes of the page pools, index, page tables, accounts and states."""
@@ -390,6 +472,8 @@ class Engine:
             self._state = MemoryState(
                 program.layouts, tokens.shape[0], program.device, program.max_context
             )
+            if self._hold:
+                self._state.hold()
         state = self._state
         start = state.position
         state.reserve(lengths, policy=read == "policy")
