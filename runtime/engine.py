@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..models.memory.traffic import bytes_read, pages_read
 from .generate import Decode, stream
 from .memory_state import MemoryState
 from .site_layout import SiteLayout
+from .stats import Call, Stats
 
 if TYPE_CHECKING:
     from .transformers_bridge import Origin
@@ -66,49 +66,6 @@ class Program:
         return math.gcd(*sizes)
 
 
-@dataclass
-class Stats:
-    """What an engine has read since it was made or reset.
-
-    Attributes:
-        tokens: query tokens run, by read mode.
-        pages_read: pages read exactly, per KV head, summed over sites, KV heads, rows and tokens.
-        pages_dense: what dense reads of the same tokens would have read.
-        bytes_read, bytes_dense: the same in bytes of keys, values, index and state.
-        pages_evicted: pages of keys and values that were freed before the context ended, summed
-            over sites, KV heads and rows.
-        resident_bytes: what the memory takes now: pools, tables, accounts and states.
-        state_bytes: the recurrent states among them, which no context makes larger.
-    """
-
-    tokens: dict[str, int] = field(default_factory=lambda: {"dense": 0, "policy": 0})
-    pages_read: int = 0
-    pages_dense: int = 0
-    bytes_read: int = 0
-    bytes_dense: int = 0
-    pages_evicted: int = 0
-    resident_bytes: int = 0
-    state_bytes: int = 0
-
-    @property
-    def bytes_a_step(self) -> float:
-        """Bytes that a query token read, on average."""
-        return self.bytes_read / max(1, sum(self.tokens.values()))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "tokens": dict(self.tokens),
-            "pages_read": self.pages_read,
-            "pages_dense": self.pages_dense,
-            "bytes_read": self.bytes_read,
-            "bytes_dense": self.bytes_dense,
-            "bytes_a_step": self.bytes_a_step,
-            "pages_evicted": self.pages_evicted,
-            "resident_bytes": self.resident_bytes,
-            "state_bytes": self.state_bytes,
-        }
-
-
 class Engine:
     """A compiled model with its memory.
 
@@ -128,8 +85,7 @@ class Engine:
         self._program = program
         self._always_select = always_select
         self._state: MemoryState | None = None
-        # Counts stay tensors until asked for, so that a step never waits for them.
-        self._log: list[tuple[str, list[int], list[int], Tensor | None]] = []
+        self._log: list[Call] = []
         self._stats = Stats()
         self._hold = False
 
@@ -295,8 +251,7 @@ class Engine:
         """
         from .transformers_bridge import bridge
 
-        empty = self.fork()
-        empty.reset()
+        empty = Engine(self._program, always_select=self._always_select)
         return bridge(empty, self._program.origin)
 
     def reset(self) -> None:
@@ -348,6 +303,7 @@ class Engine:
             )
         held = other._state
         self._state = held.fork(self._program.layouts) if held is not None else None
+        self._hold = other._hold
 
     def rewind(self, n: int) -> None:
         """Forget the last `n` tokens of every row.
@@ -386,8 +342,8 @@ class Engine:
 
     def stats(self) -> Stats:
         """Tokens, pages and bytes read so far; the graph itself counts the policy's pages."""
-        for read, start, lengths, counts in self._log:
-            self._account(read, start, lengths, counts)
+        for call in self._log:
+            self._stats.count(self._program.layouts, call)
         self._log = []
         if self._state is not None:
             self._stats.pages_evicted = self._state.pages_evicted
@@ -488,49 +444,8 @@ class Engine:
         new = tokens.to(program.device).contiguous()
         logits, *selected = graph(new, position, counts, *state.tensors())
         state.advance(lengths)
-        self._log.append((read, start, lengths, selected[0] if selected else None))
+        self._log.append(Call(read, start, lengths, selected[0] if selected else None))
         if len(self._log) >= 256:
             self.stats()
         result: Tensor = logits
         return result
-
-    def _account(
-        self, read: str, start: list[int], lengths: list[int], counts: Tensor | None
-    ) -> None:
-        stats, chosen = self._stats, 0
-        stats.tokens[read] += sum(lengths)
-        for layout in self._program.layouts:
-            memory, window = layout.memory, layout.window
-            selects = counts is not None and memory.selects
-            for row, (first, length) in enumerate(zip(start, lengths, strict=True)):
-                positions = range(first, first + length)
-                dense_pages, dense_bytes = _dense_totals(layout, positions)
-                stats.pages_dense += dense_pages
-                stats.bytes_dense += dense_bytes
-                if selects:
-                    assert counts is not None
-                    stats.pages_read += int(counts[chosen, row])
-                    stats.bytes_read += sum(
-                        bytes_read(memory, layout, p, window=window) for p in positions
-                    )
-                elif memory.state is not None:
-                    stats.pages_read += layout.kv_heads * sum(
-                        pages_read(memory, p, window=window) for p in positions
-                    )
-                    stats.bytes_read += sum(bytes_read(memory, layout, p) for p in positions)
-                else:
-                    stats.pages_read += dense_pages
-                    stats.bytes_read += dense_bytes
-            chosen += selects
-
-
-def _dense_totals(layout: SiteLayout, positions: range) -> tuple[int, int]:
-    """Pages and bytes that dense reads at `positions` move, over all KV heads."""
-    size, window = layout.memory.page_size, layout.window
-    pages = tokens = 0
-    for p in positions:
-        first = max(0, p - window + 1) if window else 0
-        pages += p // size - first // size + 1
-        tokens += p + 1 - first
-    width = (layout.key_dim + layout.value_dim) * layout.dtype.itemsize
-    return pages * layout.kv_heads, tokens * layout.kv_heads * width

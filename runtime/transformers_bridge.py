@@ -151,6 +151,8 @@ class EngineModel:
         inputs: dict[str, Any] = GenerationMixin.prepare_inputs_for_generation(
             self, input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
+        for name in ("tokenizer", "assistant_tokenizer"):  # meant for the stopping criteria
+            inputs.pop(name, None)
         if is_first_iteration:
             inputs["memory_read"] = "dense"
         return inputs
@@ -231,6 +233,7 @@ class _Call:
             )
 
     def run(self, read: str | None, keep: int | Tensor) -> Tensor:
+        self.engine.admit(self.tokens, self.lengths)  # before anything is read: all or nothing
         dense = read == "dense" or (read is None and self.first)
         n = self.tokens.shape[1]
         tokens = self.tokens

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -138,9 +139,16 @@ def ours(engines: Callable[..., Engine]) -> Any:
     return engines("llama").transformers
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", MODELS)
+def ways() -> Iterator[Any]:
+    """Every model, policy and way; dense repeats what differs little where nothing slides."""
+    little = ("several of a prompt", "sampled beams", "padded beams", "ends")
+    for name, policy, way in itertools.product(MODELS, POLICIES, WAYS):
+        plain = policy == "dense" and name not in ("llama", "mistral, sliding")
+        marks = [pytest.mark.long] if plain and way in little else []
+        yield pytest.param(name, policy, way, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "policy", "way"), [*ways()])
 def test_tokens_are_eagers(
     name: str, policy: str, way: str, eager: Any, engines: Callable[..., Engine]
 ) -> None:
@@ -296,7 +304,7 @@ def test_generate_goes_on_from_an_engine(llama: Any, engines: Callable[..., Engi
     [
         {"prefill_chunk_size": 7},
         {"guidance_scale": 1.5},
-        {"no_repeat_ngram_size": 2, "min_new_tokens": 20, "bad_words_ids": [[5]]},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 12, "bad_words_ids": [[5]]},
         {"renormalize_logits": True, "do_sample": True, "min_p": 0.05, "typical_p": 0.9},
     ],
     ids=str,
@@ -345,8 +353,13 @@ def test_rows_and_ends_of_a_cache(ours: Any) -> None:
     assert (whole.get_seq_length(), whole.engine.position) == (17, [11, 17, 16])
 
 
-def test_a_cache_says_how_much_it_can_hold(engines: Callable[..., Engine]) -> None:
-    assert engines("gpt2").transformers.new_cache().get_max_length() == 256
+def test_a_cache_holds_no_more_than_it_says(engines: Callable[..., Engine]) -> None:
+    ours = engines("gpt2").transformers
+    cache = ours.new_cache()
+    assert cache.get_max_length() == 256
+    with pytest.raises(ValueError, match="258 tokens exceed the context of 256"):
+        ours(prompt(1, 258), past_key_values=cache, logits_to_keep=4)
+    assert (cache.get_seq_length(), cache.engine.position) == (0, [])
 
 
 def test_memories_that_cannot_be_rewound_generate_all_the_same(
@@ -387,9 +400,27 @@ def test_bfloat16_by_margin() -> None:
     assert torch.equal(best.indices[..., 0][decided], out.sequences[:, 17:][decided])
 
 
+@pytest.mark.long
+def test_generated_kernels_give_the_same_tokens_and_nothing_is_compiled_for_them(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import compile_fx
+
+    program = memcompile.compile(llama, "scout", kernels="auto", **POLICIES["scout"])._program
+    ours = Engine(program, always_select=True).transformers
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("compiled while generating")
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", never)
+    for options in WAYS.values():
+        same(llama, ours, **options)
+
+
 MASKS = [[1] * 8 + [0, 1] + [1] * 7, [1] * 16 + [0], [0] * 17]
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 @pytest.mark.parametrize(
     ("act", "message"),
     [

@@ -178,12 +178,13 @@ def test_one_prompt_goes_on_in_many_rows(compiled):
     assert not torch.equal(free[0], free[1]), "rows of one prompt draw apart"
 
 
+SMALL = {"sinks": 8, "window": 8, "dense_layers": 0}
 EVERY = {
     "dense": {},
-    "hybrid": {"page_size": 8, "window": 8, "rest": "dense"},
-    "heavy-hitter": {"page_size": 8, "budget": 32, "sinks": 8, "window": 8},
+    "hybrid": {"page_size": 8, "window": 8, "state_layers": (0,)},
+    "heavy-hitter": {"page_size": 8, "budget": 32, **SMALL},
     "window": {"page_size": 8, "sinks": 8, "window": 16},
-    "hierarchical": {"levels": (8, 16), "refine": 0, "sinks": 8, "window": 8, "keep": False},
+    "hierarchical": {"levels": (8, 16), "refine": 0, "keep": False, **SMALL},
 }
 
 
@@ -200,7 +201,6 @@ def test_rows_of_any_memory_are_selected(policy):
     got = branch(torch.stack([given[row] for row in rows]))
     for at, row in enumerate(rows):
         assert torch.equal(got[at].argmax(-1), expected[row].argmax(-1))
-    assert torch.equal(got[0], got[2])
 
 
 @pytest.mark.parametrize(("policy", "kept"), [("hybrid", "a state"), ("heavy-hitter", "an acc")])
