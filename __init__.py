@@ -37,6 +37,8 @@ def compile(
     Returns:
         The engine: ``prefill(tokens[B, n])`` reads dense, ``engine(tokens[B, n])`` reads through
         the policy; both return float logits ``[B, n, V]`` and append the tokens to the memory.
+        ``engine.generate`` and ``engine.stream`` continue prompts; ``engine.transformers`` is a
+        transformers model again, for transformers' own ``generate``.
 
     Raises:
         ValueError: an unknown policy or option; the message lists the known ones.

@@ -220,6 +220,7 @@ def build_captured(
         max_context,
         _vocabulary(module, classified),
         _device(module),
+        captured.origin,
     )
     if check:
         with stage(timings, "self-check"):
