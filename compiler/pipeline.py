@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,6 +85,9 @@ def build(
     check: bool = True,
     kernels: str | None = None,
     name: str | None = None,
+    trust_pickle: bool = False,
+    arch: str | None = None,
+    arch_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Compiled:
     """Capture `model` and compile it; see `build_captured`.
@@ -101,6 +103,7 @@ def build(
             cannot; "required" raises then; "off" runs the references. None: MEMCOMPILE_KERNELS,
             or "auto".
         name: what reports and errors call the model; its path's last part or its class if None.
+        trust_pickle, arch, arch_config: how a path is read; see `compiler.load.load`.
     """
     chosen = choose(policy, options)
     kernels = kernels_setting(kernels)
@@ -110,23 +113,29 @@ def build(
         from .load import load
 
         path = Path(model)
-        model, name = load(path).model, name or path.name
-    started = time.perf_counter()
+        loaded = load(path, trust_pickle=trust_pickle, arch=arch, arch_config=arch_config)
+        model, name = loaded.model, name or path.name
+    elif trust_pickle or arch is not None or arch_config is not None:
+        raise ValueError(
+            "trust_pickle, arch and arch_config say how a path is read; the model given is a "
+            f"{type(model).__name__}"
+        )
+    timings: dict[str, float] = {}
     try:
-        captured = capture(model, max_context=max_context)
+        with stage(timings, "capture"):
+            captured = capture(model, max_context=max_context)
     except NotRewritten as refused:
         if strict:
             raise
         report = _report(name or type(model).__name__, chosen, max_context)
         report.declined = refused.declined
         return Compiled(None, chosen, [], {}, refused.declined, report, None)
-    seconds = time.perf_counter() - started
     if name is not None:
         captured.name = name
     compiled = build_captured(
         captured, chosen, max_context=max_context, strict=strict, check=check, kernels=kernels
     )
-    compiled.report.timings = {"capture": seconds, **compiled.report.timings}
+    compiled.report.timings = {**timings, **compiled.report.timings}
     return compiled
 
 
@@ -211,6 +220,7 @@ def build_captured(
         max_context,
         _vocabulary(module, classified),
         _device(module),
+        captured.origin,
     )
     if check:
         with stage(timings, "self-check"):

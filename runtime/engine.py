@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..models.memory.traffic import bytes_read, pages_read
+from .generate import Decode, stream
 from .memory_state import MemoryState
 from .site_layout import SiteLayout
+from .stats import Call, Stats
+
+if TYPE_CHECKING:
+    from .transformers_bridge import Origin
 
 # Tokens that run at a time: bounds what a call needs beside its result, and changes no result.
 CHUNK_TOKENS = 512
@@ -35,6 +39,7 @@ class Program:
         max_context: context to preallocate, or None to grow.
         vocabulary: tokens are 0 .. vocabulary - 1.
         device: where the weights are.
+        origin: the transformers model that this was, without its weights; None if it was none.
     """
 
     dense: Step
@@ -46,6 +51,7 @@ class Program:
     max_context: int | None
     vocabulary: int
     device: torch.device
+    origin: Origin | None = None
 
     @cached_property
     def dense_below(self) -> int:
@@ -58,49 +64,6 @@ class Program:
         """Tokens at whose multiples a policy's calls are split: accounts evict there; 0: none."""
         sizes = [x.memory.page_size for x in self.layouts if x.memory.account is not None]
         return math.gcd(*sizes)
-
-
-@dataclass
-class Stats:
-    """What an engine has read since it was made or reset.
-
-    Attributes:
-        tokens: query tokens run, by read mode.
-        pages_read: pages read exactly, per KV head, summed over sites, KV heads, rows and tokens.
-        pages_dense: what dense reads of the same tokens would have read.
-        bytes_read, bytes_dense: the same in bytes of keys, values, index and state.
-        pages_evicted: pages of keys and values that were freed before the context ended, summed
-            over sites, KV heads and rows.
-        resident_bytes: what the memory takes now: pools, tables, accounts and states.
-        state_bytes: the recurrent states among them, which no context makes larger.
-    """
-
-    tokens: dict[str, int] = field(default_factory=lambda: {"dense": 0, "policy": 0})
-    pages_read: int = 0
-    pages_dense: int = 0
-    bytes_read: int = 0
-    bytes_dense: int = 0
-    pages_evicted: int = 0
-    resident_bytes: int = 0
-    state_bytes: int = 0
-
-    @property
-    def bytes_a_step(self) -> float:
-        """Bytes that a query token read, on average."""
-        return self.bytes_read / max(1, sum(self.tokens.values()))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "tokens": dict(self.tokens),
-            "pages_read": self.pages_read,
-            "pages_dense": self.pages_dense,
-            "bytes_read": self.bytes_read,
-            "bytes_dense": self.bytes_dense,
-            "bytes_a_step": self.bytes_a_step,
-            "pages_evicted": self.pages_evicted,
-            "resident_bytes": self.resident_bytes,
-            "state_bytes": self.state_bytes,
-        }
 
 
 class Engine:
@@ -122,9 +85,9 @@ class Engine:
         self._program = program
         self._always_select = always_select
         self._state: MemoryState | None = None
-        # Counts stay tensors until asked for, so that a step never waits for them.
-        self._log: list[tuple[str, list[int], list[int], Tensor | None]] = []
+        self._log: list[Call] = []
         self._stats = Stats()
+        self._hold = False
 
     # --- running ---
 
@@ -145,7 +108,7 @@ class Engine:
         """
         last: Tensor | None = None
         every: list[Tensor] = []
-        for logits, left in self._in_chunks("dense", tokens, self._admit(tokens, lengths)):
+        for logits, left in self._in_chunks("dense", tokens, self.admit(tokens, lengths)):
             if all_logits:
                 every.append(logits)
             ends = torch.tensor(left, device=logits.device)
@@ -163,41 +126,76 @@ class Engine:
         Returns:
             Logits ``[B, n, V]`` in the model's type; rows of padding hold no meaning.
         """
-        counts = self._admit(tokens, lengths)
+        counts = self.admit(tokens, lengths)
         every = [logits for logits, _ in self._in_chunks("policy", tokens, counts)]
         return every[0] if len(every) == 1 else torch.cat(every, 1)
+
+    def stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        eos: int | Sequence[int] | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+        stop: str | Sequence[str] | None = None,
+        decode: Decode | None = None,
+        read: str = "policy",
+        read_prompt: str = "dense",
+        **sampling: Any,
+    ) -> Iterator[Tensor]:
+        """Continue ``tokens[B, n]`` (int64): the next token of every row, int64 ``[B]``, a step.
+
+        The prompt is appended to what the engine remembers, and every token when the next one is
+        asked for: the last one of a row is not in the memory. A row ends at an eos or a stop
+        string, which is given too. From then on it gives the first eos, or -1 where there is none,
+        and its memory stands still (where the model counts positions by itself, it goes on with
+        the others'). The stream ends when every row has.
+
+        Args:
+            eos: a token, or several, at which a row ends.
+            lengths: valid tokens a row of a right-padded batch, each at least 1.
+            stop: texts at which a row ends, in what it has generated; may span tokens.
+            decode: text of token ids; needed for `stop`.
+            read: "policy", or "dense" to read everything for every token.
+            read_prompt: the same for ``tokens``.
+            sampling: fields of `Sampling`: ``temperature``, ``top_k``, ``top_p``, ``min_p``,
+                ``repetition_penalty``, ``seed``. Greedy if none are given. The penalty counts
+                ``tokens`` and what follows them, not what the engine remembered before.
+
+        Raises:
+            ValueError: an option that is unknown or out of range; a call that does not fit.
+        """
+        return stream(
+            self,
+            tokens,
+            max_new_tokens,
+            eos=eos,
+            lengths=lengths,
+            stop=stop,
+            decode=decode,
+            read=read,
+            read_prompt=read_prompt,
+            **sampling,
+        )
 
     def generate(
         self,
         tokens: Tensor,
         max_new_tokens: int,
-        eos: int | None = None,
-        lengths: Sequence[int] | None = None,
+        eos: int | Sequence[int] | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        """Greedy continuation: prefill ``tokens[B, n]``, then decode through the policy.
+        """What `stream` gives, behind the tokens: int64 ``[B, n + new]``, new <= max_new_tokens.
+
+        In a ragged batch row r goes from ``[r, :lengths[r]]`` to ``[r, n:]``: all rows' new tokens
+        begin in column n, and the padding before it stays as it was given.
 
         Args:
-            eos: a row that produced this token repeats it to the end; stops when all rows have.
-            lengths: valid tokens a row of a right-padded batch.
-
-        Returns:
-            The new tokens behind the given ones, int64 ``[B, n + new]``. The last one is not yet
-            in the memory.
+            options: those of `stream`.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
-        out = [tokens]
-        following = self.prefill(tokens, lengths)[:, -1].argmax(-1, keepdim=True)
-        done = torch.zeros_like(following, dtype=torch.bool)
-        for step in range(max_new_tokens):
-            if eos is not None:
-                following = torch.where(done, eos, following)
-                done |= following == eos
-            out.append(following)
-            if step + 1 == max_new_tokens or bool(done.all()):
-                break
-            following = self(following)[:, -1].argmax(-1, keepdim=True)
-        return torch.cat(out, 1)
+        steps = list(self.stream(tokens, max_new_tokens, eos=eos, lengths=lengths, **options))
+        return torch.cat([tokens, torch.stack(steps, 1).to(tokens.device)], 1)
 
     # --- the memory ---
 
@@ -211,15 +209,81 @@ class Engine:
         """Tokens a row can hold, by the model's tables or `max_context`; None if any number."""
         return self._program.limit
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens are 0 .. vocabulary - 1."""
+        return self._program.vocabulary
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows may stand at different positions."""
+        return self._program.ragged
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights and the memory are."""
+        return self._program.device
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether tokens can be taken back: states and accounts cannot give up what they took."""
+        return not any(x.memory.state or x.memory.account for x in self._program.layouts)
+
+    @property
+    def holds(self) -> bool:
+        """Whether `hold` was called."""
+        return self._hold
+
+    def like(self, other: Engine) -> bool:
+        """Whether both run the same compiled model."""
+        return self._program is other._program
+
+    @property
+    def transformers(self) -> Any:
+        """This model as a transformers model, for transformers' own ``generate``.
+
+        An instance of the class that was compiled, without weights: its forward runs on engines of
+        this compilation, each `MemoryCache` with one of its own. This engine's memory is not
+        touched. See docs/generation.md.
+
+        Raises:
+            ValueError: what was compiled is no transformers model that generates.
+        """
+        from .transformers_bridge import bridge
+
+        empty = Engine(self._program, always_select=self._always_select)
+        return bridge(empty, self._program.origin)
+
     def reset(self) -> None:
         """Forget everything, statistics too; the next call may have another batch size."""
         self._state, self._log, self._stats = None, [], Stats()
 
-    def fork(self) -> Engine:
-        """An engine that remembers the same and goes its own way; weights are shared."""
+    def fork(self, rows: Sequence[int] | Tensor | None = None) -> Engine:
+        """An engine that remembers the same and goes its own way; weights are shared.
+
+        Args:
+            rows: the rows it remembers, in order, each any number of times: ``[0] * 4`` goes on
+                from one prompt in four ways. None: all.
+
+        Raises:
+            ValueError: a row that is not there, or rows of an engine that remembers nothing.
+        """
         other = Engine(self._program, always_select=self._always_select)
         other._state = self._state.fork() if self._state is not None else None
+        other._hold = self._hold
+        if rows is not None:
+            other.select(rows)
         return other
+
+    def select(self, rows: Sequence[int] | Tensor) -> None:
+        """Make row i what row ``rows[i]`` was: reorder, drop or repeat what is remembered.
+
+        Raises:
+            ValueError: as `fork`.
+        """
+        if self._state is None:
+            raise ValueError(f"rows {rows}: this engine remembers none yet; prefill it first")
+        self._state.select(rows.tolist() if isinstance(rows, Tensor) else rows)
 
     def adopt(self, other: Engine) -> None:
         """Remember what `other` remembers, instead of what this engine did.
@@ -239,6 +303,7 @@ class Engine:
             )
         held = other._state
         self._state = held.fork(self._program.layouts) if held is not None else None
+        self._hold = other._hold
 
     def rewind(self, n: int) -> None:
         """Forget the last `n` tokens of every row.
@@ -252,14 +317,33 @@ class Engine:
         if self._state is not None:
             self._state.rewind([held - n for held in self.position])
 
+    def hold(self) -> None:
+        """Keep what a `rewind` to here or later needs, until the next call of this.
+
+        Without it a sliding window's pages are freed as soon as no later token reads them.
+
+        Raises:
+            ValueError: a site keeps a state or an account, which nothing can be taken out of.
+        """
+        for layout in self._program.layouts:
+            if layout.memory.state or layout.memory.account:
+                kept = "a state" if layout.memory.state else "an account"
+                raise ValueError(
+                    f"{layout.name} keeps {kept}, which cannot give back what it took in: this "
+                    "memory cannot be rewound, whatever is held; take a policy without one"
+                )
+        self._hold = True
+        if self._state is not None:
+            self._state.hold()
+
     def memory_bytes(self) -> int:
         """Bytes of the page pools, index, page tables, accounts and states."""
         return self._state.memory_bytes() if self._state is not None else 0
 
     def stats(self) -> Stats:
         """Tokens, pages and bytes read so far; the graph itself counts the policy's pages."""
-        for read, start, lengths, counts in self._log:
-            self._account(read, start, lengths, counts)
+        for call in self._log:
+            self._stats.count(self._program.layouts, call)
         self._log = []
         if self._state is not None:
             self._stats.pages_evicted = self._state.pages_evicted
@@ -267,10 +351,12 @@ class Engine:
             self._stats.state_bytes = self._state.state_bytes()
         return self._stats
 
-    # --- inside ---
+    def admit(self, tokens: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
+        """Check a call before anything changes; valid tokens a row.
 
-    def _admit(self, tokens: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
-        """Check a call before anything changes; valid tokens a row."""
+        Raises:
+            ValueError: what is wrong with it, as every call raises it.
+        """
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype != torch.int64:
             got = (tokens.dtype, tuple(tokens.shape)) if isinstance(tokens, Tensor) else tokens
             raise ValueError(f"expected tokens[B, n] as an int64 tensor, got {got!r:.80}")
@@ -311,6 +397,8 @@ class Engine:
             )
         return counts
 
+    # --- inside ---
+
     def _in_chunks(
         self, read: str, tokens: Tensor, counts: list[int]
     ) -> Iterator[tuple[Tensor, list[int]]]:
@@ -340,6 +428,8 @@ class Engine:
             self._state = MemoryState(
                 program.layouts, tokens.shape[0], program.device, program.max_context
             )
+            if self._hold:
+                self._state.hold()
         state = self._state
         start = state.position
         state.reserve(lengths, policy=read == "policy")
@@ -354,49 +444,8 @@ class Engine:
         new = tokens.to(program.device).contiguous()
         logits, *selected = graph(new, position, counts, *state.tensors())
         state.advance(lengths)
-        self._log.append((read, start, lengths, selected[0] if selected else None))
+        self._log.append(Call(read, start, lengths, selected[0] if selected else None))
         if len(self._log) >= 256:
             self.stats()
         result: Tensor = logits
         return result
-
-    def _account(
-        self, read: str, start: list[int], lengths: list[int], counts: Tensor | None
-    ) -> None:
-        stats, chosen = self._stats, 0
-        stats.tokens[read] += sum(lengths)
-        for layout in self._program.layouts:
-            memory, window = layout.memory, layout.window
-            selects = counts is not None and memory.selects
-            for row, (first, length) in enumerate(zip(start, lengths, strict=True)):
-                positions = range(first, first + length)
-                dense_pages, dense_bytes = _dense_totals(layout, positions)
-                stats.pages_dense += dense_pages
-                stats.bytes_dense += dense_bytes
-                if selects:
-                    assert counts is not None
-                    stats.pages_read += int(counts[chosen, row])
-                    stats.bytes_read += sum(
-                        bytes_read(memory, layout, p, window=window) for p in positions
-                    )
-                elif memory.state is not None:
-                    stats.pages_read += layout.kv_heads * sum(
-                        pages_read(memory, p, window=window) for p in positions
-                    )
-                    stats.bytes_read += sum(bytes_read(memory, layout, p) for p in positions)
-                else:
-                    stats.pages_read += dense_pages
-                    stats.bytes_read += dense_bytes
-            chosen += selects
-
-
-def _dense_totals(layout: SiteLayout, positions: range) -> tuple[int, int]:
-    """Pages and bytes that dense reads at `positions` move, over all KV heads."""
-    size, window = layout.memory.page_size, layout.window
-    pages = tokens = 0
-    for p in positions:
-        first = max(0, p - window + 1) if window else 0
-        pages += p // size - first // size + 1
-        tokens += p + 1 - first
-    width = (layout.key_dim + layout.value_dim) * layout.dtype.itemsize
-    return pages * layout.kv_heads, tokens * layout.kv_heads * width

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +79,14 @@ def test_the_python_of_the_evaluation_guide_runs(
     assert capsys.readouterr().out.startswith("1.0 ")
 
 
+def test_the_python_of_the_generation_guide_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "\n".join(blocks((ROOT / "docs/generation.md").read_text(), "python"))
+    exec(compile(code, "generation.md", "exec"), {})
+    assert "{'dense': 7, 'policy': 7}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
@@ -94,10 +103,15 @@ def test_make_targets_in_the_documents_exist() -> None:
 def test_every_option_of_the_command_line_is_documented() -> None:
     from memcompile.compiler.cli import commands
 
+    def every(command: click.Command) -> list[click.Command]:
+        if not isinstance(command, click.Group):
+            return [command]
+        return [found for own in command.commands.values() for found in every(own)]
+
     text = (ROOT / "docs/cli.md").read_text()
     missing = [
         flag
-        for command in commands.commands.values()
+        for command in every(commands)
         for parameter in command.params
         for flag in parameter.opts
         if flag.startswith("--") and flag not in text
