@@ -21,6 +21,7 @@ _NOT_COMPUTED = {
     "use_mtp": "the step graph returns logits alone",
     "cache_implementation": "the memory is the policy's",
 }
+_READS = ("dense", "policy", "prompt")
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
 
 
@@ -113,6 +114,8 @@ class EngineModel:
             raise ValueError("inputs_embeds: a compiled model reads token ids; give input_ids")
         if input_ids is None:
             raise ValueError("input_ids is missing; give int64 [B, n]")
+        if memory_read not in (None, *_READS):
+            raise ValueError(f"memory_read is {memory_read!r}; known: {', '.join(_READS)}")
         if use_cache is False:
             raise ValueError(
                 "use_cache=False: a compiled model is nothing without its memory; leave it out, or "
@@ -144,8 +147,8 @@ class EngineModel:
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError(
-            f"a compiled {type(self).__name__} has no weights: save the model that was compiled, or let the "
-            "command `memcompile MODEL` write a folder"
+            f"a compiled {type(self).__name__} has no weights: save the model that was compiled, "
+            "or let the command `memcompile MODEL` write a folder"
         )
 
     # --- where transformers' generate asks its model ---

@@ -463,6 +463,12 @@ MASKS = [[1] * 8 + [0, 1] + [1] * 7, [1] * 16 + [0], [0] * 17]
             "generation mode contrastive_search: needs a cache of keys and values; .* greedy",
         ),
         (lambda m: m.generate(prompt(1), assistant_early_exit=1), "the step graph runs all layers"),
+        (lambda m: m.generate(prompt(1), use_mtp=True), "use_mtp=True: the step graph returns log"),
+        (
+            lambda m: m.generate(prompt(1), assistant_model=m, speculation_type="dflash"),
+            "speculation_type='dflash': the step graph returns logits alone",
+        ),
+        (lambda m: m(prompt(), memory_read="all"), "memory_read is 'all'; known: dense, policy, p"),
         (lambda m: m.generate(inputs_embeds=torch.zeros(1, 3, 32)), "inputs_embeds"),
         (lambda m: m(inputs_embeds=torch.zeros(1, 3, 32)), "a compiled model reads token ids"),
         (lambda m: m(), "input_ids is missing"),
