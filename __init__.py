@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
+    from .compiler.graph_report import GraphReport
     from .compiler.report import Report
     from .runtime.engine import Engine
 
 __version__ = "0.1.0"
-__all__ = ["compile", "explain", "policies"]
+__all__ = ["compile", "explain", "graphs", "invalidate", "policies"]
 
 # Every import stands inside the function that needs it: `import memcompile` alone loads no
 # compiler, and takes no longer than it has to.
@@ -77,3 +78,38 @@ def policies() -> list[str]:
     from .models.memory import PRESETS
 
     return sorted(PRESETS)
+
+
+def graphs(*, clear: bool = False) -> list[GraphReport]:
+    """What `torch.compile(backend="memcompile")` made of each graph of this process, oldest first.
+
+    Args:
+        clear: forget the reports afterwards.
+
+    Returns:
+        the reports: ``kind``, ``attentions``, ``rewritten``, ``declined``, ``calls`` with the pages
+        that were read; ``print(report)`` shows all of it.
+    """
+    from .compiler.graph_report import reports
+
+    return reports(clear)
+
+
+def invalidate(cache: Any) -> int:
+    """Forget what the backend knows of a cache that was changed behind its back.
+
+    A cache that was cropped, reordered, reset or filled anew is noticed; single keys or values
+    that were overwritten in the midst of a context are not.
+
+    Args:
+        cache: a cache of transformers, or the tensors of one, in any nesting of lists and tuples.
+
+    Returns:
+        how many attentions' indexes were forgotten; they are made again when the cache is read.
+
+    Raises:
+        TypeError: something else than a cache or tensors.
+    """
+    from .compiler.backend import invalidate
+
+    return invalidate(cache)

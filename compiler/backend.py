@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import fx
 
-from ..runtime.cache_index import Indexes
+from ..runtime.cache_index import CacheIndex, Indexes
 from .cached_graph import Found, cached_run, find, likely_aligned, normal_form, unserved
 from .graph_report import GraphReport, remember_report
 from .settings import kernels as kernels_setting
@@ -103,6 +103,34 @@ def memcompile(
     # What the first call will need is made now, while Dynamo waits for it.
     run.graph(likely_aligned(found, memories) if rows <= run.most_rows else None)
     return _finish(report, run)
+
+
+def invalidate(cache: Any) -> int:
+    """See `memcompile.invalidate`."""
+    places = {(t.untyped_storage()._cdata, t.storage_offset()) for t in _cached_tensors(cache)}
+
+    def is_named(index: CacheIndex) -> bool:
+        return not index.gone and (index.storage.cdata, index.offset) in places
+
+    return sum(indexes.drop(is_named) for indexes in Indexes.everywhere())
+
+
+def _cached_tensors(cache: Any) -> Iterator[torch.Tensor]:
+    if isinstance(cache, torch.Tensor):
+        yield cache
+    elif isinstance(cache, list | tuple):
+        for part in cache:
+            yield from _cached_tensors(part)
+    elif hasattr(cache, "layers"):
+        for layer in cache.layers:
+            # A layer that holds nothing yet has no keys.
+            keys = getattr(layer, "keys", None)
+            if isinstance(keys, torch.Tensor):
+                yield keys
+    else:
+        raise TypeError(
+            f"expected a cache of transformers, or tensors of one, got {type(cache).__name__}"
+        )
 
 
 def _finish(report: GraphReport, compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -121,8 +121,9 @@ def _appended(node: object) -> tuple[str, bool] | None:
             return None
     else:
         return None
-    whole = isinstance(cache, fx.Node) and cache.op == "placeholder" and axis in (2, -2)
-    return (cache.name, grows) if whole else None  # type: ignore[union-attr]
+    if not isinstance(cache, fx.Node) or cache.op != "placeholder" or axis not in (2, -2):
+        return None
+    return cache.name, grows
 
 
 def _unfit(node: fx.Node, keys: tuple[str, bool], values: tuple[str, bool]) -> str:

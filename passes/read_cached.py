@@ -13,6 +13,7 @@ have a table of their own; and the last keys of a row, which no whole page holds
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -151,14 +152,11 @@ class _Builder:
 
     def _input(self, name: str, shape: Sequence[Any], dtype: torch.dtype) -> fx.Node:
         with self.graph.inserting_after(self.last):
-            self.last = self.graph.placeholder(name)
-        device = self.first.device
-        if self.mode is None:
-            self.last.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=device)
-        else:
-            with self.mode:
-                self.last.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=device)
-        return self.last
+            made: fx.Node = self.graph.placeholder(name)
+        with self.mode or contextlib.nullcontext():
+            made.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=self.first.device)
+        self.last = made
+        return made
 
     def _group_inputs(self, number: int, group: Group) -> dict[str, fx.Node]:
         self.first = self._keys(group.sites[0]).meta["val"]
@@ -199,7 +197,8 @@ class _Builder:
     # --- reads ---
 
     def _keys(self, name: str) -> fx.Node:
-        node: fx.Node = self.nodes[self.cached[name].site.node].args[1]
+        node = self.nodes[self.cached[name].site.node].args[1]
+        assert isinstance(node, fx.Node)
         return node
 
     def _read(
@@ -220,18 +219,17 @@ class _Builder:
             return new
 
         with self.graph.inserting_before(node):
-            pools = [self._pool(call, cache, memory.page_size) for cache in (keys, values)]
-            table = given["page_table"]
-            tensors = SiteTensors(table, *pools)
-            if memory.levels:
-                levels = tuple((given[f"table_{s}"], records[s]) for s in memory.levels)
-                tensors = SiteTensors(table, *pools, levels=levels)
-            elif memory.fields:
-                size = memory.page_size
-                apart = None if self.aligned else given[f"table_{size}"]
-                tensors = SiteTensors(table, *pools, index=records[size], record_table=apart)
+            size, levelled = memory.page_size, bool(memory.levels)
+            tensors = SiteTensors(
+                given["page_table"],
+                self._pool(call, keys, size),
+                self._pool(call, values, size),
+                index=() if levelled else records.get(size, ()),
+                levels=tuple((given[f"table_{s}"], records[s]) for s in memory.levels),
+                record_table=None if self.aligned or levelled else given.get(f"table_{size}"),
+            )
             read = {"scale": site.scale, "softcap": site.softcap}
-            beside = ()
+            beside: list[tuple[Any, Any]] = []
             if not self.aligned:
                 single = [self._single_keys(call, cache) for cache in (keys, values)]
                 tail = call(
@@ -239,7 +237,7 @@ class _Builder:
                     *(query, *single, None, given["tail_table"], None, False),
                     *(given["tail_position"], given["lengths"], *read.values(), 0, 1),
                 )
-                beside = ((call(operator.getitem, tail, 0), call(operator.getitem, tail, 1)),)
+                beside.append((call(operator.getitem, tail, 0), call(operator.getitem, tail, 1)))
             out, pages = emit_read(
                 call,
                 memory,
@@ -268,11 +266,14 @@ class _Builder:
     def _pool(self, call: Any, cache: fx.Node, page_size: int) -> fx.Node:
         """A cache [B, Hkv, L, D] as pages [P, page_size, D], without a copy."""
         batch, heads, length, width = self._sizes(call, cache)
+        pages: fx.Node
         if self.aligned:
-            return call(aten.view.default, cache, [-1, page_size, width])
+            pages = call(aten.view.default, cache, [-1, page_size, width])
+            return pages
         rows = _times(call, _times(call, batch, heads), length)
-        pages = _plus(call, rows, 1 - page_size)
-        return call(aten.as_strided.default, cache, [pages, page_size, width], [width, width, 1])
+        sizes = [_plus(call, rows, 1 - page_size), page_size, width]
+        pages = call(aten.as_strided.default, cache, sizes, [width, width, 1])
+        return pages
 
     def _single_keys(self, call: Any, cache: fx.Node) -> fx.Node:
         """A cache as pages of one key, [B * Hkv * L, 1, D]."""

@@ -264,7 +264,9 @@ class CacheIndex:
             index = index[:, None, :, None].expand(-1, keys.shape[1], -1, -1)
             rows = [x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (keys, values)]
         total: Tensor = sum(_hash(part, salt) for salt, part in enumerate(rows))  # type: ignore[assignment]
-        return total.unflatten(2, (-1, count)).mul_(_weights(count, 2, keys.device)).sum(-1)
+        total = total.unflatten(2, (-1, count))
+        marks: Tensor = (total * _weights(count, 2, keys.device)).sum(-1)
+        return marks
 
 
 def _hash(rows: Tensor, salt: int) -> Tensor:
