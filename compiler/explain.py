@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from ..models.memory import Policy
 from .pipeline import build
 from .report import Report, bytes_of
 
@@ -15,7 +16,7 @@ from .report import Report, bytes_of
 def explain(
     model: nn.Module | ExportedProgram | str | PathLike[str],
     tokens: Tensor | None = None,
-    policy: str | PathLike[str] = "scout",
+    policy: Policy | str | PathLike[str] = "scout",
     **options: Any,
 ) -> Report:
     """What was rewritten, what was not and why; nothing that is declined raises.
@@ -23,7 +24,8 @@ def explain(
     Args:
         tokens: int64 ``[B, n]``. When given they are run twice, densely and through the policy,
             and the report notes what was read and how often both expect the same next token.
-        policy: name or file of a policy; `options` are its fields and those of `build`.
+        policy: name or file of a policy, with `options` for its fields, or a `Policy`; `options`
+            are also those of `build`.
 
     Raises:
         ValueError: an unknown policy or option, or tokens of another shape or type.

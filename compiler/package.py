@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from ..models.memory import preset_from_json
+from ..models.memory import PRESETS, preset_from_json
 from .archive import one_line, read_program, rewrite
 from .arguments import nearest_path
 from .folder import tokenizer_files
@@ -61,6 +61,11 @@ def write(
     out = Path(out)
     if compiled.program is None or compiled.captured is None:
         raise ValueError("nothing was rewritten, so there is no engine to write; see its declines")
+    if compiled.preset.preset not in PRESETS:
+        raise ValueError(
+            f"policy {compiled.preset.preset!r} is a class of your own, which a folder cannot "
+            f"hold; known: {', '.join(PRESETS)}. Compile the model where it is used instead"
+        )
     check_target(out, force)
     target = out.resolve()
     # Beside the target, so that renaming never crosses file systems.

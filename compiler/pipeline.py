@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ..models.memory import Preset
+from ..models.memory import Policy, Preset
 from ..models.memory.spec import Memory, Pages
 from ..models.memory.state import Weights
 from ..passes.classify_tokens import Classified, classify_tokens
@@ -78,7 +78,7 @@ class Compiled:
 
 def build(
     model: nn.Module | ExportedProgram | str | os.PathLike[str],
-    policy: str | os.PathLike[str] = "scout",
+    policy: Policy | str | os.PathLike[str] = "scout",
     *,
     max_context: int | None = None,
     strict: bool = True,
@@ -94,7 +94,8 @@ def build(
 
     Args:
         model: a module, an exported program, or the path of one (see `compiler.load`).
-        policy: name of a policy, or a policy file; `options` are its fields.
+        policy: name of a policy, or a policy file; `options` are its fields. Or a `Policy`, which
+            has its fields already.
         max_context: longest context the engine will hold; preallocates the memory and resolves
             length-dependent rotary tables. None: grows.
         strict: raise when no site, or not every site, could be rewritten.
@@ -181,7 +182,7 @@ def build_captured(
                 chosen.check(sites)
                 fitted = chosen.fitted
                 report.notes += chosen.notes(captured.program)
-            memories = {s.name: chosen.memory(s.layer, s.rule.window) for s in sites}
+            memories = {s.name: chosen.memory_at(s.layer, s.rule.window) for s in sites}
             for memory in memories.values():
                 memory.check_lowered()
         with stage(timings, "remember"):

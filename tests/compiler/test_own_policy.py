@@ -1,0 +1,136 @@
+"""A policy of a user's own: taken by `compile`, `explain` and the backend, and refused in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import memcompile
+from memcompile.compiler.package import write
+from memcompile.compiler.pipeline import build
+from memcompile.compiler.policy_file import choose, policy_name
+from memcompile.models.memory import Policy, Scout
+from memcompile.models.memory.spec import (
+    Index,
+    Memory,
+    Pages,
+    Read,
+    Score,
+    Select,
+    Sinks,
+    Window,
+)
+from memcompile.models.networks.decoders import Decoder
+
+
+@dataclass(frozen=True)
+class Narrowing(Policy):
+    """Half the budget in every further layer."""
+
+    preset: ClassVar[str] = "narrowing"
+    budget: int = 64
+
+    def memory(self, layer: int, window: int) -> Memory:
+        return Memory(
+            "narrowing",
+            Pages(8),
+            Sinks(8),
+            Window(8),
+            Index(("min", "max")),
+            Score("box"),
+            Select("top-k", self.budget >> layer),
+            Read(compensate=False),
+        )
+
+
+@dataclass(frozen=True)
+class Answers(Policy):
+    """Whatever it is told to answer."""
+
+    preset: ClassVar[str] = "answers"
+    memory_is: Any = field(default=None)
+
+    def memory(self, layer: int, window: int) -> Memory:
+        return self.memory_is  # type: ignore[no-any-return]
+
+
+class Plain(Policy):
+    preset: ClassVar[str] = "plain"
+
+    def memory(self, layer: int, window: int) -> Memory:
+        return Memory("plain", Pages(8))
+
+
+@dataclass(frozen=True)
+class Nameless(Policy):
+    def memory(self, layer: int, window: int) -> Memory:
+        return Memory("nameless", Pages(8))
+
+
+@dataclass(frozen=True)
+class Usurper(Scout):
+    """Another scout under the scout's name."""
+
+
+def test_compile_takes_a_policy_object():
+    model, tokens = Decoder(0), torch.randint(29, (1, 60))
+    engine = memcompile.compile(model, policy=Narrowing(budget=32), kernels="off")
+    engine.prefill(tokens[:, :-1])
+    before = dataclasses.replace(engine.stats())
+    engine(tokens[:, -1:])
+    after = engine.stats()
+    # 8 pages of 8 hold 60 tokens, for each KV head; 4 of them are read.
+    read, dense = after.pages_read - before.pages_read, after.pages_dense - before.pages_dense
+    assert read > 0 and 2 * read == dense
+
+
+def test_explain_and_the_report_name_it():
+    report = memcompile.explain(Decoder(0), policy=Narrowing(budget=48))
+    assert (report.policy, report.options) == ("narrowing", {"budget": 48})
+    assert "narrowing: 6 pages of 8 by box" in str(report)
+
+
+def test_an_object_of_a_known_policy_is_that_policy():
+    assert choose(Scout(budget=512), {}) == choose("scout", {"budget": 512})
+    assert policy_name(Scout()) == "scout"
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "error", "text"),
+    [
+        (3, {}, TypeError, "expected a policy's name, a policy file or a Policy, got int 3"),
+        (None, {}, TypeError, "got NoneType None"),
+        (
+            Memory("m", Pages(8)),
+            {},
+            TypeError,
+            r"return it from memory\(\) of a Policy of your own",
+        ),
+        (Narrowing, {}, TypeError, r"got the class Narrowing: make one, Narrowing\(\.\.\.\)"),
+        (Narrowing(), {"budget": 8}, ValueError, "has its fields already; make it with budget=8"),
+        (Plain(), {}, TypeError, "Plain is no dataclass; put @dataclass"),
+        (Nameless(), {}, TypeError, "Nameless has the name None; give it one"),
+        (Usurper(), {}, ValueError, "Usurper has the name of the policy 'scout', which it is not"),
+    ],
+)
+def test_what_is_no_policy_is_refused(policy, options, error, text):
+    with pytest.raises(error, match=text):
+        memcompile.compile(Decoder(0), policy=policy, **options)
+
+
+@pytest.mark.parametrize("given", [None, "dense"])
+def test_a_policy_that_gives_no_memory_is_refused(given):
+    with pytest.raises(TypeError, match=r"layer 0 .*; its memory\(\) has to return a Memory"):
+        memcompile.compile(Decoder(0), policy=Answers(given), kernels="off")
+
+
+def test_a_folder_does_not_hold_a_class(tmp_path: Path):
+    compiled = build(Decoder(0), Narrowing(budget=48), kernels="off", check=False)
+    with pytest.raises(ValueError, match="'narrowing' is a class of your own, which a folder can"):
+        write(tmp_path / "out", compiled)
+    assert not [*tmp_path.iterdir()]
