@@ -49,7 +49,7 @@ def main() -> None:
     facts = recall.draw_facts(rng, given.facts)
     text = document(given.length, facts, rng)
 
-    memory = {"budget": given.budget, "page_size": 16, "sinks": 16, "window": 64}
+    memory = {"budget": given.budget, "page_size": 8, "sinks": 8, "window": 64}
     engine = memcompile.compile(BYTES_LONG, policy="scout", dense_layers=0, **memory)
     started = time.perf_counter()
     engine.prefill(torch.tensor([list(text)]))
