@@ -58,7 +58,7 @@ def memcompile(
     decode_tokens = given.pop("decode_tokens", 16)
     if type(decode_tokens) is not int or decode_tokens < 1:
         raise ValueError(f"decode_tokens is {decode_tokens!r}; give a whole number of at least 1")
-    chosen = choose(policy, given)
+    chosen = choose(policy, given, ("policy", "kernels", "decode_tokens"))
     patches = list_mode_options(mode) if mode else {}
     name = policy_name(policy)
     report = GraphReport(name, chosen.to_json())

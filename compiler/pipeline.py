@@ -43,6 +43,13 @@ NORMALISE: tuple[Callable[[fx.GraphModule], PassResult], ...] = (
 )
 
 
+# What `build` takes beside the fields of a policy.
+OPTIONS = (
+    *("max_context", "strict", "check", "kernels", "name"),
+    *("trust_pickle", "arch", "arch_config"),
+)
+
+
 @dataclass
 class Compiled:
     """A model whose attentions have been given memories.
@@ -106,7 +113,7 @@ def build(
         name: what reports and errors call the model; its path's last part or its class if None.
         trust_pickle, arch, arch_config: how a path is read; see `compiler.load.load`.
     """
-    chosen = choose(policy, options)
+    chosen = choose(policy, options, OPTIONS)
     kernels = kernels_setting(kernels)
     if max_context is not None and (type(max_context) is not int or max_context < 1):
         raise ValueError(f"max_context is {max_context!r}; give a positive number of tokens")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..evaluation.records import write_whole
-from ..models.memory import PRESETS, Policy, preset, preset_from_json
+from ..models.memory import PRESETS, Policy, check_options, preset, preset_from_json
 from ..models.memory.spec import Memory
 from ..models.memory.state import state_weights
 from .archive import one_line
@@ -161,8 +161,16 @@ def fit(
     return FittedPolicy(chosen, mine, fitted, fingerprint(program), training or {})
 
 
-def choose(policy: Policy | str | os.PathLike[str], options: Mapping[str, Any]) -> Policy:
+def choose(
+    policy: Policy | str | os.PathLike[str],
+    options: Mapping[str, Any],
+    beside: Iterable[str] = (),
+) -> Policy:
     """What a user gives as a policy: the name of a preset, a policy file, or an object.
+
+    Args:
+        options: fields of the policy.
+        beside: names of the options that whoever asks takes beside them, for messages.
 
     Raises:
         ValueError, FileNotFoundError: as `preset` and `read_policy`; or options beside an object.
@@ -179,6 +187,7 @@ def choose(policy: Policy | str | os.PathLike[str], options: Mapping[str, Any]) 
     if not isinstance(policy, str | os.PathLike):
         raise TypeError(f"expected a policy's name, a policy file or a Policy, {_instead(policy)}")
     if not is_file(policy):
+        check_options(str(policy), options, beside)
         return preset(str(policy), **options)
     return read_policy(Path(policy)).with_options(options)
 

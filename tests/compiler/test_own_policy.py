@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ import torch
 
 import memcompile
 from memcompile.compiler.package import write
-from memcompile.compiler.pipeline import build
+from memcompile.compiler.pipeline import OPTIONS, build
 from memcompile.compiler.policy_file import choose, policy_name
 from memcompile.models.memory import Policy, Scout
 from memcompile.models.memory.spec import (
@@ -121,6 +122,21 @@ def test_an_object_of_a_known_policy_is_that_policy():
 def test_what_is_no_policy_is_refused(policy, options, error, text):
     with pytest.raises(error, match=text):
         memcompile.compile(Decoder(0), policy=policy, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("bugdet", "budget"), ("kernel", "kernels"), ("strikt", "strict")]
+)
+def test_the_option_that_was_meant_is_named(given, meant):
+    with pytest.raises(
+        ValueError, match=f"no option '{given}'; did you mean '{meant}'\\? known: b"
+    ):
+        memcompile.compile(Decoder(0), policy="scout", **{given: 1})
+
+
+def test_what_build_takes_is_known_to_its_messages():
+    own = [name for name in inspect.signature(build).parameters if name not in ("model", "policy")]
+    assert own == [*OPTIONS, "options"]
 
 
 @pytest.mark.parametrize("given", [None, "dense"])
