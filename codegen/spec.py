@@ -132,6 +132,11 @@ class KernelSpec:
             raise NotCovered(
                 f"{self.op}: values of {self.value_dim} cannot be part of keys of {self.key_dim}"
             )
+        if self.by_slot and (self.op != "attend" or self.bias or self.summaries):
+            raise NotCovered(
+                f"{self.op}: pages that begin at every slot are read by attend alone, and have "
+                "neither a bias nor records of the same number"
+            )
         if self.delta and self.normalised:
             raise NotCovered(f"{self.op}: a delta-rule state has no normaliser; give norm None")
         if self.delta and self.backward:

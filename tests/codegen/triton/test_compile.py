@@ -36,6 +36,7 @@ READ = {
     "listed": KernelSpec("attend", group=4, pages="listed", **LLAMA),
     "summaries": KernelSpec("attend", group=4, pages="listed", summaries=True, **LLAMA),
     "unlisted": KernelSpec("attend", group=4, pages="unlisted", **LLAMA),
+    "by_slot": KernelSpec("attend", group=4, pages="listed", by_slot=True, **LLAMA),
     "records": KernelSpec(
         "attend", group=4, span=64, bias=True, pages="unlisted", **{**LLAMA, "page_size": 1}
     ),
