@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: setup demo test test-long test-triton36 lint bench clean
+.PHONY: setup demo test test-long test-browser test-triton36 lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -46,6 +46,19 @@ test-long: lint
 		--long -m long
 	OMP_NUM_THREADS=1 MEMCOMPILE_KERNELS=required $(BIN)/python -m pytest -q -n $(WORKERS) \
 		--dist worksteal tests/compiler/test_networks.py tests/compiler/test_more_networks.py
+
+# report.html in headless Chromium, with Debian's packages; the pictures go to docs/pictures.
+BROWSER := chromium chromium-driver
+test-browser: $(INSTALLED)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+		echo "installing $(BROWSER)"; \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y \
+			--no-install-recommends install $(BROWSER); } >/dev/null || { \
+		echo "make test-browser needs chromium and chromedriver, which apt-get could not" \
+			"install; as root: apt-get install $(BROWSER)" >&2; exit 1; }; }
+	@$(PIP) selenium
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --browser -m browser --pictures docs/pictures \
+		tests/compiler/test_report_browser.py
 
 # The oldest triton that templates must compile under, in an environment of its own.
 test-triton36: $(INSTALLED)

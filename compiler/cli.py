@@ -20,6 +20,7 @@ from click.shell_completion import CompletionItem, shell_complete
 
 from .. import __version__
 from .arguments import BadInput, nearest_path
+from .commands.bench import bench
 from .commands.build import build
 from .commands.cache import cache
 from .commands.completion import VARIABLE, completion
@@ -44,6 +45,7 @@ COMMANDS: tuple[tuple[click.Command, str], ...] = (
     (build, "MODEL [OPTIONS]"),
     (inspect, "inspect MODEL [OPTIONS]"),
     (run, "run DIR [OPTIONS]"),
+    (bench, "bench DIR [OPTIONS]"),
     (evaluate, "eval MODEL_OR_DIR [OPTIONS]"),
     (distill, "distill MODEL --data FILE"),
     (cache, "cache show|clear"),
