@@ -83,7 +83,6 @@ class KernelSpec:
     group: int = 1
     page_size: int = 1
     span: int = 1
-    by_slot: bool = False
     pages: str = "all"
     bias: bool = False
     softcap: bool = False
@@ -101,6 +100,7 @@ class KernelSpec:
     delta: bool = False
     normalised: bool = False
     backward: bool = False
+    by_slot: bool = False
 
     def __post_init__(self) -> None:
         known("operation", self.op, OPS)
