@@ -26,7 +26,7 @@ from .capture import capture
 from .evaluate import FileTokenizer
 from .pipeline import Compiled, build_captured, normalise
 from .policy_file import SUFFIX, fingerprint, fit, read_policy, read_tensors, write_policy
-from .progress import bar
+from .progress import bar, doing, note
 from .settings import kernels as kernels_setting
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ def distill(loaded: Loaded, name: str, max_context: int | None, given: Given, ou
         ValueError: something given cannot be used; nothing is written then.
     """
     check_libraries()
-    captured = capture(loaded.model, max_context=max_context)
+    with doing("capture"):
+        captured = capture(loaded.model, max_context=max_context)
     captured.name = name
     compiled = build_captured(
         captured, given.policy, max_context=max_context, check=False, kernels="off"
@@ -341,10 +342,9 @@ class _Run:
         progress.train = {}
         worst = max(held, key=lambda name: held[name])
         mean = sum(held.values()) / len(held)
-        print(
+        note(
             f"step {progress.step}: error on held-out text {mean:.4g}, at most "
-            f"{held[worst]:.4g} ({worst})",
-            file=sys.stderr,
+            f"{held[worst]:.4g} ({worst})"
         )
 
     def _held_out(self) -> Iterator[Mapping[str, Activations]]:

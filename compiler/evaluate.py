@@ -31,7 +31,7 @@ from ..models.networks.recall import library_text
 from .archive import one_line
 from .package import read as read_package
 from .policy_file import FittedPolicy, choose
-from .progress import bar
+from .progress import bar, doing
 from .settings import kernels as kernels_setting
 
 if TYPE_CHECKING:
@@ -173,14 +173,16 @@ def subject_of(loaded: Loaded, name: str, max_context: int | None) -> Subject:
     """A model as it was loaded."""
     from .capture import capture
 
-    captured = capture(loaded.model, max_context=max_context)
+    with doing("capture"):
+        captured = capture(loaded.model, max_context=max_context)
     captured.name = name
     return Subject(name, captured, loaded.sha256, max_context, tokenizer=loaded.tokenizer)
 
 
 def package_subject(folder: Path) -> Subject:
     """The model in a folder that memcompile wrote."""
-    package = read_package(folder)
+    with doing("read"):
+        package = read_package(folder)
     return Subject(
         folder.resolve().name,
         package.captured,
@@ -341,15 +343,12 @@ def _contenders(
     subject: Subject, presets: Mapping[str, Preset], kernels: str | None
 ) -> tuple[list[Contender], list[str]]:
     """Dense first; and notes on the others."""
-    from rich.console import Console
-
     from .pipeline import build_captured
 
     contenders: list[Contender] = []
     notes: dict[str, list[str]] = {}
-    with Console(stderr=True).status("compiling") as status:
-        for name, chosen in presets.items():
-            status.update(f"compiling {name}")
+    for name, chosen in presets.items():
+        with doing(name):
             compiled = build_captured(
                 subject.captured,
                 chosen,
@@ -357,10 +356,10 @@ def _contenders(
                 check=subject.preset is None,  # a package was checked when it was written
                 kernels=kernels,
             )
-            program = compiled.program
-            assert program is not None
-            contenders.append(Contender(name, compiled.engine, program.layouts, program.limit))
-            notes[name] = compiled.report.notes
+        program = compiled.program
+        assert program is not None
+        contenders.append(Contender(name, compiled.engine, program.layouts, program.limit))
+        notes[name] = compiled.report.notes
     told = [f"{name}: {n}" for name, own in notes.items() for n in own if n not in notes[DENSE]]
     return contenders, told
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,22 +110,22 @@ def build(
 
         path = Path(model)
         model, name = load(path).model, name or path.name
-    started = time.perf_counter()
+    timings: dict[str, float] = {}
     try:
-        captured = capture(model, max_context=max_context)
+        with stage(timings, "capture"):
+            captured = capture(model, max_context=max_context)
     except NotRewritten as refused:
         if strict:
             raise
         report = _report(name or type(model).__name__, chosen, max_context)
         report.declined = refused.declined
         return Compiled(None, chosen, [], {}, refused.declined, report, None)
-    seconds = time.perf_counter() - started
     if name is not None:
         captured.name = name
     compiled = build_captured(
         captured, chosen, max_context=max_context, strict=strict, check=check, kernels=kernels
     )
-    compiled.report.timings = {"capture": seconds, **compiled.report.timings}
+    compiled.report.timings = {**timings, **compiled.report.timings}
     return compiled
 
 

@@ -15,6 +15,7 @@ from ..models.memory.state import state_features
 from ..models.memory.traffic import bytes_read
 from ..passes.result import Declined, MaskRule, Site
 from ..runtime.site_layout import SiteLayout
+from .progress import doing
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -301,9 +302,10 @@ def layout_of(site: Site, memory: Memory) -> SiteLayout:
 
 @contextmanager
 def stage(timings: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds that the block takes to `timings[name]`."""
+    """Adds the seconds that the block takes to `timings[name]`, and says what is being done."""
     started = time.perf_counter()
-    yield
+    with doing(name):
+        yield
     timings[name] = timings.get(name, 0.0) + time.perf_counter() - started
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..models.memory.traffic import bytes_read, pages_read
+from .generate import Decode, stream
 from .memory_state import MemoryState
 from .site_layout import SiteLayout
 
@@ -145,7 +146,7 @@ class Engine:
         """
         last: Tensor | None = None
         every: list[Tensor] = []
-        for logits, left in self._in_chunks("dense", tokens, self._admit(tokens, lengths)):
+        for logits, left in self._in_chunks("dense", tokens, self.admit(tokens, lengths)):
             if all_logits:
                 every.append(logits)
             ends = torch.tensor(left, device=logits.device)
@@ -163,41 +164,76 @@ class Engine:
         Returns:
             Logits ``[B, n, V]`` in the model's type; rows of padding hold no meaning.
         """
-        counts = self._admit(tokens, lengths)
+        counts = self.admit(tokens, lengths)
         every = [logits for logits, _ in self._in_chunks("policy", tokens, counts)]
         return every[0] if len(every) == 1 else torch.cat(every, 1)
+
+    def stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        eos: int | Sequence[int] | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+        stop: str | Sequence[str] | None = None,
+        decode: Decode | None = None,
+        read: str = "policy",
+        read_prompt: str = "dense",
+        **sampling: Any,
+    ) -> Iterator[Tensor]:
+        """Continue ``tokens[B, n]`` (int64): the next token of every row, int64 ``[B]``, a step.
+
+        The prompt is appended to what the engine remembers, and every token when the next one is
+        asked for: the last one of a row is not in the memory. A row ends at an eos or a stop
+        string, which is given too. From then on it gives the first eos, or -1 where there is none,
+        and its memory stands still (where the model counts positions by itself, it goes on with
+        the others'). The stream ends when every row has.
+
+        Args:
+            eos: a token, or several, at which a row ends.
+            lengths: valid tokens a row of a right-padded batch, each at least 1.
+            stop: texts at which a row ends, in what it has generated; may span tokens.
+            decode: text of token ids; needed for `stop`.
+            read: "policy", or "dense" to read everything for every token.
+            read_prompt: the same for ``tokens``.
+            sampling: fields of `Sampling`: ``temperature``, ``top_k``, ``top_p``, ``min_p``,
+                ``repetition_penalty``, ``seed``. Greedy if none are given. The penalty counts
+                ``tokens`` and what follows them, not what the engine remembered before.
+
+        Raises:
+            ValueError: an option that is unknown or out of range; a call that does not fit.
+        """
+        return stream(
+            self,
+            tokens,
+            max_new_tokens,
+            eos=eos,
+            lengths=lengths,
+            stop=stop,
+            decode=decode,
+            read=read,
+            read_prompt=read_prompt,
+            **sampling,
+        )
 
     def generate(
         self,
         tokens: Tensor,
         max_new_tokens: int,
-        eos: int | None = None,
-        lengths: Sequence[int] | None = None,
+        eos: int | Sequence[int] | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        """Greedy continuation: prefill ``tokens[B, n]``, then decode through the policy.
+        """What `stream` gives, behind the tokens: int64 ``[B, n + new]``, new <= max_new_tokens.
+
+        In a ragged batch row r goes from ``[r, :lengths[r]]`` to ``[r, n:]``: all rows' new tokens
+        begin in column n, and the padding before it stays as it was given.
 
         Args:
-            eos: a row that produced this token repeats it to the end; stops when all rows have.
-            lengths: valid tokens a row of a right-padded batch.
-
-        Returns:
-            The new tokens behind the given ones, int64 ``[B, n + new]``. The last one is not yet
-            in the memory.
+            options: those of `stream`.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
-        out = [tokens]
-        following = self.prefill(tokens, lengths)[:, -1].argmax(-1, keepdim=True)
-        done = torch.zeros_like(following, dtype=torch.bool)
-        for step in range(max_new_tokens):
-            if eos is not None:
-                following = torch.where(done, eos, following)
-                done |= following == eos
-            out.append(following)
-            if step + 1 == max_new_tokens or bool(done.all()):
-                break
-            following = self(following)[:, -1].argmax(-1, keepdim=True)
-        return torch.cat(out, 1)
+        steps = list(self.stream(tokens, max_new_tokens, eos=eos, lengths=lengths, **options))
+        return torch.cat([tokens, torch.stack(steps, 1).to(tokens.device)], 1)
 
     # --- the memory ---
 
@@ -210,6 +246,16 @@ class Engine:
     def limit(self) -> int | None:
         """Tokens a row can hold, by the model's tables or `max_context`; None if any number."""
         return self._program.limit
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens are 0 .. vocabulary - 1."""
+        return self._program.vocabulary
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows may stand at different positions."""
+        return self._program.ragged
 
     def reset(self) -> None:
         """Forget everything, statistics too; the next call may have another batch size."""
@@ -267,10 +313,12 @@ class Engine:
             self._stats.state_bytes = self._state.state_bytes()
         return self._stats
 
-    # --- inside ---
+    def admit(self, tokens: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
+        """Check a call before anything changes; valid tokens a row.
 
-    def _admit(self, tokens: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
-        """Check a call before anything changes; valid tokens a row."""
+        Raises:
+            ValueError: what is wrong with it, as every call raises it.
+        """
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype != torch.int64:
             got = (tokens.dtype, tuple(tokens.shape)) if isinstance(tokens, Tensor) else tokens
             raise ValueError(f"expected tokens[B, n] as an int64 tensor, got {got!r:.80}")
@@ -310,6 +358,8 @@ class Engine:
                 "reset or rewind the engine, or, if max_context is the limit, compile with more"
             )
         return counts
+
+    # --- inside ---
 
     def _in_chunks(
         self, read: str, tokens: Tensor, counts: list[int]

@@ -12,7 +12,9 @@ import torch
 from memcompile import codegen
 from memcompile.codegen.cpp import NoCompiler
 from memcompile.compiler import cli
-from memcompile.compiler.cli import BadInput, default_name, main, parse_ids, policy_options
+from memcompile.compiler.arguments import BadInput, parse_ids, policy_options
+from memcompile.compiler.cli import main
+from memcompile.compiler.commands.files import default_name
 from memcompile.models.memory import PRESETS
 from memcompile.models.networks import induction
 

@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from memcompile.compiler import package
+from memcompile.compiler.arguments import parse_policies, policy_options, split_spec
 from memcompile.compiler.backend import memcompile
-from memcompile.compiler.cli import main, parse_policies, policy_options, split_spec
+from memcompile.compiler.cli import main
 from memcompile.compiler.package import open_engine, write
 from memcompile.compiler.pipeline import Compiled, build
 from memcompile.compiler.policy_file import (

@@ -11,7 +11,8 @@ import pytest
 from eval_case import CHECKPOINT, SMALL, silently_dense
 
 from memcompile.compiler import evaluate, pipeline
-from memcompile.compiler.cli import BadInput, main, parse_numbers, parse_policies
+from memcompile.compiler.arguments import BadInput, parse_numbers, parse_policies
+from memcompile.compiler.cli import main
 from memcompile.evaluation.records import RECORDS, SETTINGS
 from memcompile.models.networks import induction
 

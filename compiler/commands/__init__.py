@@ -1,0 +1,1 @@
+"""The commands of `memcompile`, one file each; `compiler/cli.py` gathers them."""

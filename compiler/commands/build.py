@@ -1,0 +1,85 @@
+"""`memcompile MODEL`: build with a policy, check, write a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..arguments import policy_options, split_spec
+from ..progress import doing
+from . import options
+from .files import default_name
+from .options import Source
+from .output import show, show_json
+
+
+@click.command(hidden=True)
+@click.option(
+    "--policy",
+    default="scout",
+    show_default=True,
+    metavar="POLICY",
+    help="A policy's name, as in scout:budget=512, or the file of a fitted one.",
+)
+@click.option("--budget", type=int, metavar="N", help="Tokens a query reads: --set budget=N.")
+@options.settings
+@click.option(
+    "--out",
+    type=options.PATH,
+    metavar="DIR",
+    help="Folder to write; MODEL.POLICY in the current one if not given.",
+)
+@click.option("--force", is_flag=True, help="Replace DIR if an earlier build left it.")
+@click.option("--dry-run", is_flag=True, help="Build and check, report, write nothing.")
+@click.option("--no-strict", is_flag=True, help="Go on although nothing could be rewritten.")
+@options.kernels
+@options.source()
+@options.as_json
+@options.quiet
+def build(
+    source: Source,
+    policy: str,
+    budget: int | None,
+    settings: tuple[str, ...],
+    out: Path | None,
+    force: bool,
+    dry_run: bool,
+    no_strict: bool,
+    kernels: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Build MODEL with a policy and write the result to a folder."""
+    policy, fields = split_spec(policy)
+    chosen = policy_options(
+        policy, [*fields, *settings], budget=budget, max_context=source.max_context
+    )
+    target = out or Path(default_name(source.path, policy))
+    from ..package import check_target, write
+    from ..pipeline import build as build_model
+    from ..report import stage
+
+    if not dry_run:
+        check_target(target, force)
+
+    timings: dict[str, float] = {}
+    with stage(timings, "load"):
+        loaded = source.load()
+    compiled = build_model(
+        loaded.model, policy, strict=not no_strict, kernels=kernels, name=source.name, **chosen
+    )
+    report = compiled.report
+    report.timings = {**timings, **report.timings}
+    written = not dry_run and compiled.program is not None
+    if written:
+        with doing("write"):
+            write(target, compiled, source=loaded.path, force=force)
+    if as_json:
+        show_json(report.to_json())
+        return
+    if quiet:
+        return
+    show(report)
+    why = "--dry-run" if dry_run else "there is no step graph"
+    click.echo(f"wrote {target}/" if written else f"nothing written: {why}")
