@@ -82,9 +82,9 @@ def _run(arguments: list[str] | None) -> int:
         click.echo(error.format_message(), err=True)
         return BAD_INPUT
     except click.ClickException as error:
-        return _fail(error.format_message(), BAD_INPUT)
+        return _fail(_one_line(error.format_message()), BAD_INPUT)
     except BadInput as error:
-        return _fail(str(error), BAD_INPUT)
+        return _fail(_one_line(error), BAD_INPUT)
     except Exception as error:
         from ..evaluation.protocol import ReadTooMuch
         from ..passes.result import NotRewritten
@@ -100,7 +100,9 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"memcompile: {message}", err=True)
+    # What a file or a line holds may be quoted in it, and must not command a terminal.
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+    click.echo(f"memcompile: {shown}", err=True)
     if _debugging() and code != INTERNAL:
         traceback.print_exc()
     return code
@@ -128,7 +130,7 @@ def _is_bad_input(error: Exception) -> bool:
     return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(home)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     """The text of a refusal; what the system says of a file, without its error number."""
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror[:1].lower() + error.strerror[1:]

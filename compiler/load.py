@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .archive import load_program, one_line, open_zip, read_program
+from .claims import check_claims
 from .folder import load_folder, tokenizer_folder, weight_files
 from .signature import check_program
 from .sniff import Found, pickled_names, sniff
@@ -145,6 +147,7 @@ def _program(path: Path, trust_pickle: bool) -> ExportedProgram:
             raise ValueError(f"{path}: {error}") from error
     try:
         check_program(program)
+        check_claims(program)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return program
@@ -169,7 +172,7 @@ def _unpickled(path: Path, found: Found, trust_pickle: bool) -> Any:
             if zipfile.is_zipfile(path):
                 with open_zip(path):
                     pass
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return _torch_load(path, weights_only=True)
         except pickle.UnpicklingError as error:
             refusal: Exception = error
         except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
@@ -180,7 +183,7 @@ def _unpickled(path: Path, found: Found, trust_pickle: bool) -> Any:
         raise _refused(path, found)
     try:
         if found.kind == "torch-save":
-            held = torch.load(path, map_location="cpu", weights_only=False)
+            held = _torch_load(path, weights_only=False)
         else:
             with path.open("rb") as stream:
                 held = pickle.load(stream)
@@ -195,6 +198,12 @@ def _unpickled(path: Path, found: Found, trust_pickle: bool) -> Any:
     )
 
 
+def _torch_load(path: Path, *, weights_only: bool) -> Any:
+    # Given a name, torch would go by its suffix.
+    with path.open("rb") as stream:
+        return torch.load(stream, map_location="cpu", weights_only=weights_only)
+
+
 def _refused(path: Path, found: Found) -> ValueError:
     names = ", ".join(_names_inside(path)) or "unknown"
     return ValueError(
@@ -207,7 +216,7 @@ def _refused(path: Path, found: Found) -> ValueError:
 def _names_inside(path: Path) -> list[str]:
     stream: IO[bytes]
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+        with contextlib.suppress(ValueError), open_zip(path) as archive:
             for name in archive.namelist():
                 if name.split("/")[1:] == ["data.pkl"]:
                     with archive.open(name) as stream:

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from ..models.memory import preset_from_json
 from .archive import one_line, read_program, rewrite
+from .claims import check_claims
 from .folder import tokenizer_files
 from .policy_file import FittedPolicy, read_policy, write_policy
 
@@ -149,6 +150,10 @@ def read(path: str | Path) -> Package:
         chosen = fitted
     program = read_program(folder / _PROGRAM)
     _pour(program, folder / _WEIGHTS, manifest["weights"])
+    try:
+        check_claims(program)
+    except ValueError as error:
+        raise ValueError(f"{folder / _PROGRAM}: {error}") from error
     files = (manifest["files"][name]["sha256"] for name in (_PROGRAM, _WEIGHTS))
     return Package(
         Captured(program, manifest["takes_position_ids"], manifest["model"]),
