@@ -148,7 +148,13 @@ def build_captured(
     report = _report(name, chosen, max_context)
     timings = report.timings
     with stage(timings, "normalise"):
-        module, declined = normalise(captured.program)
+        try:
+            module, declined = normalise(captured.program)
+        except NotRewritten as refused:
+            if strict:
+                raise
+            report.declined = refused.declined
+            return Compiled(captured, chosen, [], {}, refused.declined, report, None)
     with stage(timings, "find"):
         classified = classify_tokens(module)
         sites, unread = find_sites(module, classified)
@@ -208,7 +214,7 @@ def build_captured(
         limit,
         limited_by,
         max_context,
-        _vocabulary(module, classified),
+        vocabulary(module, classified),
         _device(module),
     )
     if check:
@@ -310,7 +316,7 @@ def _refusal(name: str, sites: list[Site]) -> str:
     )
 
 
-def _vocabulary(module: fx.GraphModule, classified: Classified) -> int:
+def vocabulary(module: fx.GraphModule, classified: Classified) -> int:
     """Rows of the table that the tokens index."""
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.embedding.default:
