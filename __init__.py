@@ -31,11 +31,14 @@ def compile(
         model: a module, an exported program, or a path to a file or folder that holds one.
         policy: name of a memory policy, one of `policies()`, or the file of a fitted one.
         options: fields of the policy (``budget=2048``, ``page_size=64``, …), and those of
-            `memcompile.compiler.pipeline.build`: ``max_context``, ``strict``, ``check``.
+            `memcompile.compiler.pipeline.build`: ``max_context``, ``strict``, ``check``,
+            ``kernels``, and for a path ``trust_pickle``, ``arch``, ``arch_config``.
 
     Returns:
         The engine: ``prefill(tokens[B, n])`` reads dense, ``engine(tokens[B, n])`` reads through
         the policy; both return float logits ``[B, n, V]`` and append the tokens to the memory.
+        ``engine.generate`` and ``engine.stream`` continue prompts; ``engine.transformers`` is a
+        transformers model again, for transformers' own ``generate``.
 
     Raises:
         ValueError: an unknown policy or option; the message lists the known ones.

@@ -129,6 +129,27 @@ def parse_ids(text: str) -> list[int]:
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the closest known one, and all of them."""
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    guess = f"did you mean {close[0]!r}? " if close else ""
+    close = closest(name, names)
+    guess = f"did you mean {close!r}? " if close is not None else ""
     return f"; {guess}known: {', '.join(names)}"
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a wrong one was meant to be; letters' case aside."""
+    names = {known_name.lower(): known_name for known_name in known}
+    close = difflib.get_close_matches(name.lower(), names, n=1)
+    return names[close[0]] if close else None
+
+
+def nearest_path(path: Path) -> str:
+    """The end of a message about a path with nothing there: the folder on the way that is missing,
+    or the closest name in its folder; empty if there is none."""
+    parent = path.parent
+    if not parent.is_dir():
+        missing = next(p for p in (parent, *parent.parents) if p.parent.is_dir() or p == p.parent)
+        return f" (its folder {missing} is not there)"
+    try:
+        close = closest(path.name, (entry.name for entry in parent.iterdir()))
+    except OSError:
+        return ""
+    return f" (did you mean {parent / close}?)" if close is not None else ""

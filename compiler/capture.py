@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 
 from ..passes.result import Declined, NotRewritten
+from ..runtime.transformers_bridge import Origin, origin_of
 from .signature import check_program
 
 _SAMPLE_SHAPES = ((3, 13), (2, 5))
@@ -30,12 +31,14 @@ class Captured:
         takes_position_ids: whether `position_ids` is an input.
         name: class name of the model, for reports.
         forward: the model's own forward on the same inputs; None if only a program was given.
+        origin: what a transformers model was, for its `generate`; None for others.
     """
 
     program: ExportedProgram
     takes_position_ids: bool
     name: str
     forward: Callable[..., Tensor] | None = None
+    origin: Origin | None = None
 
 
 def capture(model: nn.Module | ExportedProgram, *, max_context: int | None = None) -> Captured:
@@ -67,7 +70,8 @@ def capture(model: nn.Module | ExportedProgram, *, max_context: int | None = Non
     forward, takes = _stateless_forward(model)
     with _frozen_rotary(model, max_context), _no_cache(model):
         program = _export(forward, takes, _device(model))
-    return Captured(program, takes, type(model).__name__, _held(forward, model, max_context))
+    held = _held(forward, model, max_context)
+    return Captured(program, takes, type(model).__name__, held, origin_of(model))
 
 
 def _takes_positions(program: ExportedProgram) -> bool:

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import click
+from click.shell_completion import CompletionItem, shell_complete
 
 from .. import __version__
-from .arguments import BadInput
+from .arguments import BadInput, nearest_path
 from .commands.build import build
+from .commands.cache import cache
+from .commands.completion import VARIABLE, completion
 from .commands.distill import distill
 from .commands.evaluate import evaluate
 from .commands.inspect import inspect
 from .commands.run import run
-from .exit_codes import BAD_INPUT, INTERNAL, INTERRUPTED, NOT_REWRITTEN, OK, READ_TOO_MUCH
+from .commands.suggest import SuggestingGroup, check_word
+from .exit_codes import (
+    BAD_INPUT,
+    BROKEN_PIPE,
+    INTERNAL,
+    INTERRUPTED,
+    NOT_REWRITTEN,
+    OK,
+    READ_TOO_MUCH,
+    TERMINATED,
+)
 
 # In the order of the help; each stands in a file of its own in commands/.
 COMMANDS: tuple[tuple[click.Command, str], ...] = (
@@ -26,19 +46,30 @@ COMMANDS: tuple[tuple[click.Command, str], ...] = (
     (run, "run DIR [OPTIONS]"),
     (evaluate, "eval MODEL_OR_DIR [OPTIONS]"),
     (distill, "distill MODEL --data FILE"),
+    (cache, "cache show|clear"),
+    (completion, "completion bash|zsh|fish"),
 )
 
 
-class Commands(click.Group):
+class Commands(SuggestingGroup):
     """A group whose first argument, when it is no command, is the model that `build` builds."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
+            if not ctx.resilient_parsing and not args[0].startswith("-"):
+                check_word(args[0], [name for name, c in self.commands.items() if not c.hidden])
             args = ["build", *args]
         return super().parse_args(ctx, args)
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*self.commands]
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands, and what `build` takes: the first word may be a model or an option of it."""
+        build = self.commands["build"]
+        with build.make_context("build", [], parent=ctx, resilient_parsing=True) as own:
+            options = build.shell_complete(own, incomplete)
+        known = super().shell_complete(ctx, incomplete)
+        told = {item.value for item in known}
+        known += [item for item in options if item.value not in told]
+        return known if incomplete[:1] == "-" else [CompletionItem(incomplete, "file"), *known]
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for i, (_, usage) in enumerate(COMMANDS):
@@ -65,19 +96,58 @@ for _command, _ in COMMANDS:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (docs/cli.md lists them)."""
-    with warnings.catch_warnings():
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal's encoding lacks is shown in escapes, and is no reason to stop.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings(), _terminable():
         # Libraries warn about their own affairs; stderr is for what the user has to know.
         if not _debugging():
             warnings.simplefilter("ignore")
         return _run(arguments)
 
 
-def _run(arguments: list[str] | None) -> int:
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what is under way ends as it does after Ctrl-C, and leaves as little."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM interrupt as SIGINT does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        code = commands.main(args=arguments, prog_name="memcompile", standalone_mode=False)
-        return code if isinstance(code, int) else OK
-    except click.Abort:
-        return INTERRUPTED
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+def _run(arguments: list[str] | None) -> int:
+    instruction = os.environ.get(VARIABLE)
+    if instruction:
+        return shell_complete(commands, {}, "memcompile", VARIABLE, instruction)
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        with commands.make_context("memcompile", [*given]) as context:
+            commands.invoke(context)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return OK
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except (click.Abort, KeyboardInterrupt) as error:
+        click.echo(err=True)  # what follows does not stand behind the terminal's ^C
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read has had enough; what is left in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return BAD_INPUT
@@ -134,7 +204,10 @@ def _one_line(error: Exception | str) -> str:
     """The text of a refusal; what the system says of a file, without its error number."""
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror[:1].lower() + error.strerror[1:]
-        return f"{error.filename}: {reason}" if error.filename is not None else reason
+        if error.filename is None:
+            return reason
+        near = nearest_path(Path(error.filename)) if error.errno == errno.ENOENT else ""
+        return f"{error.filename}: {reason}{near}"
     return " ".join(str(error).split())
 
 

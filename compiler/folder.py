@@ -23,6 +23,8 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
     "chat_template.jinja",
+    # Not the tokenizer's own, but it says which of its tokens end a text.
+    "generation_config.json",
 )
 _ATTENTIONS = ("eager", "sdpa")
 

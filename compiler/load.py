@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .archive import load_program, one_line, open_zip, read_program
+from .arguments import nearest_path
 from .claims import check_claims
 from .folder import load_folder, tokenizer_folder, weight_files
 from .signature import check_program
@@ -82,7 +84,7 @@ def load(
     *,
     trust_pickle: bool = False,
     arch: str | None = None,
-    arch_config: str | Path | Mapping[str, Any] | None = None,
+    arch_config: str | PathLike[str] | Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Loads a model; what it is is told by content, never by the suffix.
 
@@ -101,7 +103,9 @@ def load(
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file or folder; {_EXPECTED}")
+        raise FileNotFoundError(
+            f"{path}: there is no such file or folder{nearest_path(path)}; {_EXPECTED}"
+        )
     if path.is_dir():
         if arch is not None:
             raise ValueError(f"{path}: --arch goes with a state dict, and this is a folder")
@@ -254,7 +258,7 @@ def _all_tensors(held: Mapping[Any, Any]) -> bool:
     return bool(held) and all(isinstance(value, Tensor) for value in held.values())
 
 
-def _construct(arch: str, arch_config: str | Path | Mapping[str, Any] | None) -> nn.Module:
+def _construct(arch: str, arch_config: str | PathLike[str] | Mapping[str, Any] | None) -> nn.Module:
     """Imports ``module:Class`` and calls it with the config's entries."""
     name, colon, attributes = arch.partition(":")
     if not (name and colon and attributes):
@@ -291,7 +295,7 @@ def _construct(arch: str, arch_config: str | Path | Mapping[str, Any] | None) ->
     return module
 
 
-def _arch_config(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+def _arch_config(config: str | PathLike[str] | Mapping[str, Any] | None) -> dict[str, Any]:
     if config is None:
         return {}
     if isinstance(config, Mapping):

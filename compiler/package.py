@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from ..models.memory import preset_from_json
 from .archive import one_line, read_program, rewrite
+from .arguments import nearest_path
 from .claims import check_claims
 from .folder import tokenizer_files
 from .policy_file import FittedPolicy, read_policy, write_policy
@@ -69,12 +70,13 @@ def write(
         new.mkdir()
         _fill(new, compiled, source)
         check_target(out, force)
-        if target.exists():
-            target.rename(old)
         try:
+            if target.exists():
+                target.rename(old)
             new.rename(target)
         except BaseException:
-            if old.exists():
+            # An interrupt, too, may come between the two: what is in `scratch` goes with it.
+            if old.exists() and not target.exists():
                 old.rename(target)
             raise
     return out
@@ -346,16 +348,7 @@ def _restored(tensor: Tensor, hollow: Tensor, strides: list[int] | None) -> Tens
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, once every file has been found to be the one it describes."""
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing there"
-        raise FileNotFoundError(f"{folder}: {found}; expected a folder that memcompile wrote")
-    path = folder / _MANIFEST
-    if not path.is_file():
-        names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise FileNotFoundError(
-            f"{folder}: no {_MANIFEST} in it (it holds {names}); expected a folder that memcompile "
-            "wrote"
-        )
+    path = manifest_path(folder)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -404,6 +397,25 @@ def _check_file(folder: Path, name: str, facts: Any) -> None:
         )
     if _sha256(file) != facts.get("sha256"):
         raise ValueError(f"{file}: not the file that was written (its sha256 differs)")
+
+
+def manifest_path(folder: Path) -> Path:
+    """The manifest in a folder that memcompile wrote; nothing is read yet.
+
+    Raises:
+        FileNotFoundError: there is none; the message says what is there.
+    """
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else f"nothing there{nearest_path(folder)}"
+        raise FileNotFoundError(f"{folder}: {found}; expected a folder that memcompile wrote")
+    path = folder / _MANIFEST
+    if not path.is_file():
+        names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise FileNotFoundError(
+            f"{folder}: no {_MANIFEST} in it (it holds {names}); expected a folder that memcompile "
+            "wrote"
+        )
+    return path
 
 
 def is_package(folder: Path) -> bool:

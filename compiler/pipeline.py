@@ -85,6 +85,9 @@ def build(
     check: bool = True,
     kernels: str | None = None,
     name: str | None = None,
+    trust_pickle: bool = False,
+    arch: str | None = None,
+    arch_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Compiled:
     """Capture `model` and compile it; see `build_captured`.
@@ -100,6 +103,7 @@ def build(
             cannot; "required" raises then; "off" runs the references. None: MEMCOMPILE_KERNELS,
             or "auto".
         name: what reports and errors call the model; its path's last part or its class if None.
+        trust_pickle, arch, arch_config: how a path is read; see `compiler.load.load`.
     """
     chosen = choose(policy, options)
     kernels = kernels_setting(kernels)
@@ -109,7 +113,13 @@ def build(
         from .load import load
 
         path = Path(model)
-        model, name = load(path).model, name or path.name
+        loaded = load(path, trust_pickle=trust_pickle, arch=arch, arch_config=arch_config)
+        model, name = loaded.model, name or path.name
+    elif trust_pickle or arch is not None or arch_config is not None:
+        raise ValueError(
+            "trust_pickle, arch and arch_config say how a path is read; the model given is a "
+            f"{type(model).__name__}"
+        )
     timings: dict[str, float] = {}
     try:
         with stage(timings, "capture"):
@@ -216,6 +226,7 @@ def build_captured(
         max_context,
         vocabulary(module, classified),
         _device(module),
+        captured.origin,
     )
     if check:
         with stage(timings, "self-check"):

@@ -36,10 +36,14 @@ class _Listener:
         self._draw()
 
     def _draw(self) -> None:
-        if self._line is not None:
-            self._line.stop()
+        if not self.draws:
+            return
+        if not self._stages:
+            if self._line is not None:
+                self._line.stop()
             self._line = None
-        if self._stages and self.draws:
+            return
+        if self._line is None:
             from rich.console import Console
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -48,8 +52,9 @@ class _Listener:
             self._line = Progress(
                 *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
             )
-            self._line.add_task(": ".join(self._stages), total=None)
+            self._line.add_task("", total=None)
             self._line.start()
+        self._line.reset(self._line.task_ids[0], description=": ".join(self._stages))
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..models.memory.traffic import pages_read
-from ..runtime.engine import Engine, Stats
+from ..runtime.engine import Engine
 from ..runtime.site_layout import SiteLayout
+from ..runtime.stats import Stats
 from .prompts import Prompt
 from .tokens import Tokenizer
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..models.memory.traffic import bytes_read, pages_read
 from .generate import Decode, stream
 from .memory_state import MemoryState
 from .site_layout import SiteLayout
+from .stats import Call, Stats
+
+if TYPE_CHECKING:
+    from .transformers_bridge import Origin
 
 # Tokens that run at a time: bounds what a call needs beside its result, and changes no result.
 CHUNK_TOKENS = 512
@@ -36,6 +39,7 @@ class Program:
         max_context: context to preallocate, or None to grow.
         vocabulary: tokens are 0 .. vocabulary - 1.
         device: where the weights are.
+        origin: the transformers model that this was, without its weights; None if it was none.
     """
 
     dense: Step
@@ -47,6 +51,7 @@ class Program:
     max_context: int | None
     vocabulary: int
     device: torch.device
+    origin: Origin | None = None
 
     @cached_property
     def dense_below(self) -> int:
@@ -59,49 +64,6 @@ class Program:
         """Tokens at whose multiples a policy's calls are split: accounts evict there; 0: none."""
         sizes = [x.memory.page_size for x in self.layouts if x.memory.account is not None]
         return math.gcd(*sizes)
-
-
-@dataclass
-class Stats:
-    """What an engine has read since it was made or reset.
-
-    Attributes:
-        tokens: query tokens run, by read mode.
-        pages_read: pages read exactly, per KV head, summed over sites, KV heads, rows and tokens.
-        pages_dense: what dense reads of the same tokens would have read.
-        bytes_read, bytes_dense: the same in bytes of keys, values, index and state.
-        pages_evicted: pages of keys and values that were freed before the context ended, summed
-            over sites, KV heads and rows.
-        resident_bytes: what the memory takes now: pools, tables, accounts and states.
-        state_bytes: the recurrent states among them, which no context makes larger.
-    """
-
-    tokens: dict[str, int] = field(default_factory=lambda: {"dense": 0, "policy": 0})
-    pages_read: int = 0
-    pages_dense: int = 0
-    bytes_read: int = 0
-    bytes_dense: int = 0
-    pages_evicted: int = 0
-    resident_bytes: int = 0
-    state_bytes: int = 0
-
-    @property
-    def bytes_a_step(self) -> float:
-        """Bytes that a query token read, on average."""
-        return self.bytes_read / max(1, sum(self.tokens.values()))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "tokens": dict(self.tokens),
-            "pages_read": self.pages_read,
-            "pages_dense": self.pages_dense,
-            "bytes_read": self.bytes_read,
-            "bytes_dense": self.bytes_dense,
-            "bytes_a_step": self.bytes_a_step,
-            "pages_evicted": self.pages_evicted,
-            "resident_bytes": self.resident_bytes,
-            "state_bytes": self.state_bytes,
-        }
 
 
 class Engine:
@@ -123,9 +85,9 @@ class Engine:
         self._program = program
         self._always_select = always_select
         self._state: MemoryState | None = None
-        # Counts stay tensors until asked for, so that a step never waits for them.
-        self._log: list[tuple[str, list[int], list[int], Tensor | None]] = []
+        self._log: list[Call] = []
         self._stats = Stats()
+        self._hold = False
 
     # --- running ---
 
@@ -257,15 +219,71 @@ class Engine:
         """Whether rows may stand at different positions."""
         return self._program.ragged
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights and the memory are."""
+        return self._program.device
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether tokens can be taken back: states and accounts cannot give up what they took."""
+        return not any(x.memory.state or x.memory.account for x in self._program.layouts)
+
+    @property
+    def holds(self) -> bool:
+        """Whether `hold` was called."""
+        return self._hold
+
+    def like(self, other: Engine) -> bool:
+        """Whether both run the same compiled model."""
+        return self._program is other._program
+
+    @property
+    def transformers(self) -> Any:
+        """This model as a transformers model, for transformers' own ``generate``.
+
+        An instance of the class that was compiled, without weights: its forward runs on engines of
+        this compilation, each `MemoryCache` with one of its own. This engine's memory is not
+        touched. See docs/generation.md.
+
+        Raises:
+            ValueError: what was compiled is no transformers model that generates.
+        """
+        from .transformers_bridge import bridge
+
+        empty = Engine(self._program, always_select=self._always_select)
+        return bridge(empty, self._program.origin)
+
     def reset(self) -> None:
         """Forget everything, statistics too; the next call may have another batch size."""
         self._state, self._log, self._stats = None, [], Stats()
 
-    def fork(self) -> Engine:
-        """An engine that remembers the same and goes its own way; weights are shared."""
+    def fork(self, rows: Sequence[int] | Tensor | None = None) -> Engine:
+        """An engine that remembers the same and goes its own way; weights are shared.
+
+        Args:
+            rows: the rows it remembers, in order, each any number of times: ``[0] * 4`` goes on
+                from one prompt in four ways. None: all.
+
+        Raises:
+            ValueError: a row that is not there, or rows of an engine that remembers nothing.
+        """
         other = Engine(self._program, always_select=self._always_select)
         other._state = self._state.fork() if self._state is not None else None
+        other._hold = self._hold
+        if rows is not None:
+            other.select(rows)
         return other
+
+    def select(self, rows: Sequence[int] | Tensor) -> None:
+        """Make row i what row ``rows[i]`` was: reorder, drop or repeat what is remembered.
+
+        Raises:
+            ValueError: as `fork`.
+        """
+        if self._state is None:
+            raise ValueError(f"rows {rows}: this engine remembers none yet; prefill it first")
+        self._state.select(rows.tolist() if isinstance(rows, Tensor) else rows)
 
     def adopt(self, other: Engine) -> None:
         """Remember what `other` remembers, instead of what this engine did.
@@ -285,6 +303,7 @@ class Engine:
             )
         held = other._state
         self._state = held.fork(self._program.layouts) if held is not None else None
+        self._hold = other._hold
 
     def rewind(self, n: int) -> None:
         """Forget the last `n` tokens of every row.
@@ -298,14 +317,33 @@ class Engine:
         if self._state is not None:
             self._state.rewind([held - n for held in self.position])
 
+    def hold(self) -> None:
+        """Keep what a `rewind` to here or later needs, until the next call of this.
+
+        Without it a sliding window's pages are freed as soon as no later token reads them.
+
+        Raises:
+            ValueError: a site keeps a state or an account, which nothing can be taken out of.
+        """
+        for layout in self._program.layouts:
+            if layout.memory.state or layout.memory.account:
+                kept = "a state" if layout.memory.state else "an account"
+                raise ValueError(
+                    f"{layout.name} keeps {kept}, which cannot give back what it took in: this "
+                    "memory cannot be rewound, whatever is held; take a policy without one"
+                )
+        self._hold = True
+        if self._state is not None:
+            self._state.hold()
+
     def memory_bytes(self) -> int:
         """Bytes of the page pools, index, page tables, accounts and states."""
         return self._state.memory_bytes() if self._state is not None else 0
 
     def stats(self) -> Stats:
         """Tokens, pages and bytes read so far; the graph itself counts the policy's pages."""
-        for read, start, lengths, counts in self._log:
-            self._account(read, start, lengths, counts)
+        for call in self._log:
+            self._stats.count(self._program.layouts, call)
         self._log = []
         if self._state is not None:
             self._stats.pages_evicted = self._state.pages_evicted
@@ -390,6 +428,8 @@ class Engine:
             self._state = MemoryState(
                 program.layouts, tokens.shape[0], program.device, program.max_context
             )
+            if self._hold:
+                self._state.hold()
         state = self._state
         start = state.position
         state.reserve(lengths, policy=read == "policy")
@@ -404,49 +444,8 @@ class Engine:
         new = tokens.to(program.device).contiguous()
         logits, *selected = graph(new, position, counts, *state.tensors())
         state.advance(lengths)
-        self._log.append((read, start, lengths, selected[0] if selected else None))
+        self._log.append(Call(read, start, lengths, selected[0] if selected else None))
         if len(self._log) >= 256:
             self.stats()
         result: Tensor = logits
         return result
-
-    def _account(
-        self, read: str, start: list[int], lengths: list[int], counts: Tensor | None
-    ) -> None:
-        stats, chosen = self._stats, 0
-        stats.tokens[read] += sum(lengths)
-        for layout in self._program.layouts:
-            memory, window = layout.memory, layout.window
-            selects = counts is not None and memory.selects
-            for row, (first, length) in enumerate(zip(start, lengths, strict=True)):
-                positions = range(first, first + length)
-                dense_pages, dense_bytes = _dense_totals(layout, positions)
-                stats.pages_dense += dense_pages
-                stats.bytes_dense += dense_bytes
-                if selects:
-                    assert counts is not None
-                    stats.pages_read += int(counts[chosen, row])
-                    stats.bytes_read += sum(
-                        bytes_read(memory, layout, p, window=window) for p in positions
-                    )
-                elif memory.state is not None:
-                    stats.pages_read += layout.kv_heads * sum(
-                        pages_read(memory, p, window=window) for p in positions
-                    )
-                    stats.bytes_read += sum(bytes_read(memory, layout, p) for p in positions)
-                else:
-                    stats.pages_read += dense_pages
-                    stats.bytes_read += dense_bytes
-            chosen += selects
-
-
-def _dense_totals(layout: SiteLayout, positions: range) -> tuple[int, int]:
-    """Pages and bytes that dense reads at `positions` move, over all KV heads."""
-    size, window = layout.memory.page_size, layout.window
-    pages = tokens = 0
-    for p in positions:
-        first = max(0, p - window + 1) if window else 0
-        pages += p // size - first // size + 1
-        tokens += p + 1 - first
-    width = (layout.key_dim + layout.value_dim) * layout.dtype.itemsize
-    return pages * layout.kv_heads, tokens * layout.kv_heads * width

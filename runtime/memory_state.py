@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 import numpy as np
@@ -72,6 +72,7 @@ class MemoryState:
         self.pages_evicted = 0
         self.forgot = False
         self._position = np.zeros(batch, np.int64)
+        self._mark: np.ndarray | None = None
         self._tables: dict[TableKey, PageTable] = {}
         self._pools: list[list[list[Tensor]]] = []  # site by site, store by store
         self._accounts: dict[str, Tensor] = {}
@@ -114,9 +115,12 @@ class MemoryState:
                 f"{self.max_context}; compile with a larger max_context, or reset or rewind first"
             )
         lost = self._lowest(end) if policy else []
+        since = self._position
+        if self._mark is not None:
+            since = np.minimum(since, self._mark)
         growth, needed = {}, {}
         for key, table in self._tables.items():
-            needed[key] = table.first_needed(self._position, policy)
+            needed[key] = table.first_needed(since, policy)
             columns, pages = table.shortage(end, needed[key])
             pages = max(0, pages - sum(len(p) for k, _, _, p in lost if k == key))
             if columns > table.host.shape[2]:
@@ -127,14 +131,7 @@ class MemoryState:
                 pages = max(pages, table.pages)
             growth[key] = (columns, pages)
         # New pools are made before anything changes: running out of memory leaves the state whole.
-        grown = [
-            [
-                self._grown_pools(store, pools, growth[store.key][1])
-                for store, pools in zip(layout.stores(), stores, strict=True)
-            ]
-            for layout, stores in zip(self.layouts, self._pools, strict=True)
-        ]
-        self._pools = grown
+        self._pools = self._all_grown({key: pages for key, (_, pages) in growth.items()})
         for key, row, head, gone in lost:
             self._let_go(key, self._tables[key].lose(row, head, gone))
         for key, table in self._tables.items():
@@ -162,6 +159,10 @@ class MemoryState:
                     f"{(table.held * table.page_size).tolist()}; reserve the tokens first"
                 )
         self._position = end
+
+    def hold(self) -> None:
+        """Keeps what a rewind to here or later needs, until the next call of this."""
+        self._mark = self._position.copy()
 
     def rewind(self, position: int | Sequence[int]) -> None:
         """Forgets every token from `position` on (one for all sequences, or one each).
@@ -236,6 +237,41 @@ class MemoryState:
         ]
         return forked
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Makes sequence i what sequence rows[i] was: reorders, drops and repeats them.
+
+        A sequence's first taker has its pages, by the page table alone; others get copies.
+
+        Raises:
+            ValueError: no rows, or one that is not there.
+        """
+        taken = np.asarray(rows)
+        if taken.ndim != 1 or not taken.size or taken.dtype.kind not in "iu":
+            raise ValueError(f"expected the numbers of one or more sequences, got {rows!r}")
+        if int(taken.min()) < 0 or int(taken.max()) >= self.batch:
+            raise ValueError(f"rows {taken.tolist()}: give numbers of 0 .. {self.batch - 1}")
+        taken = taken.astype(np.int64)
+        if np.array_equal(taken, np.arange(self.batch)):
+            return
+        growth = {}
+        for key, table in self._tables.items():
+            pages = table.rows_copied(taken)[1]
+            if self.max_context is not None and not key.lets_go:
+                pages = max(pages, self._capacity(key, self.max_context, len(taken)) - table.pages)
+            growth[key] = pages
+        self._pools = self._all_grown(growth)
+        at = torch.tensor(taken, device=self.device)
+        self.batch, self._position = len(taken), self._position[taken]
+        if self._mark is not None:
+            self._mark = self._mark[taken]
+        self._accounts = {name: held[at] for name, held in self._accounts.items()}
+        self._rows = [[held[at] for held in rows] for rows in self._rows]
+        for key, table in self._tables.items():
+            table.add_pages(growth[key])
+            freed, old, new = table.select(taken)
+            self._poison(key, np.setdiff1d(freed, new))
+            self._copy_pages(key, old, new)
+
     def tensors(self) -> list[Tensor]:
         """Per site what `site.state_names` lists, in its order."""
         listed: list[Tensor] = []
@@ -284,15 +320,38 @@ class MemoryState:
             new[:held] = old
         return grown
 
+    def _all_grown(self, growth: Mapping[TableKey, int]) -> list[list[list[Tensor]]]:
+        """All pools, with room for so many pages more by table."""
+        return [
+            [
+                self._grown_pools(store, pools, growth[store.key])
+                for store, pools in zip(layout.stores(), stores, strict=True)
+            ]
+            for layout, stores in zip(self.layouts, self._pools, strict=True)
+        ]
+
+    def _copy_pages(self, key: TableKey, old: np.ndarray, new: np.ndarray) -> None:
+        if not len(old):
+            return
+        source, target = (torch.tensor(at, device=self.device).long() for at in (old, new))
+        for layout, stores in zip(self.layouts, self._pools, strict=True):
+            for store, pools in zip(layout.stores(), stores, strict=True):
+                if store.key == key:
+                    for pool in pools:
+                        pool[target] = pool[source]
+
+    @staticmethod
+    def _capacity(key: TableKey, max_context: int, batch: int) -> int:
+        """Pages that are preallocated for a table."""
+        reach = max_context if key.reach is None else key.reach + 1 + 2 * key.page_size
+        return -(-min(max_context, reach) // key.page_size) * key.kv_heads * batch
+
     def _preallocate(self, max_context: int) -> None:
         for key, table in self._tables.items():
             table.widen(-(-max_context // key.page_size))
             if key.lets_go:
                 continue  # it grows for a dense read only, and shrinks when that is over
-            reach = max_context if key.reach is None else key.reach + 1 + 2 * key.page_size
-            table.add_pages(
-                -(-min(max_context, reach) // key.page_size) * key.kv_heads * self.batch
-            )
+            table.add_pages(self._capacity(key, max_context, self.batch))
         self._pools = [
             [self._new_pools(store, self._tables[store.key].pages) for store in layout.stores()]
             for layout in self.layouts

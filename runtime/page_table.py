@@ -119,6 +119,36 @@ class PageTable:
             self.first[row] = min(self.first[row], keep[row])
         return np.concatenate(freed)
 
+    def rows_copied(self, rows: np.ndarray) -> tuple[np.ndarray, int]:
+        """Which of `rows` of a selection need pages of their own, for another has the row's; and
+        how many pages beyond the free ones that takes, once rows in no selection are freed."""
+        copied = np.ones(len(rows), bool)
+        copied[np.unique(rows, return_index=True)[1]] = False
+        counts = (self.host >= 0).sum((1, 2))
+        freed = counts.sum() - counts[np.unique(rows)].sum()
+        needed = int(counts[rows[copied]].sum())
+        return copied, max(0, needed - len(self.free) - int(freed))
+
+    def select(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Makes sequence i what sequence rows[i] was; enough pages must be free.
+
+        Returns:
+            The pages freed; and for pages that were copied, the old numbers and the new ones.
+        """
+        copied, _ = self.rows_copied(rows)
+        gone = np.setdiff1d(np.arange(self.batch), rows)
+        freed = self.host[gone][self.host[gone] >= 0]
+        self.free = np.concatenate([self.free, freed[::-1]])
+        self.host = self.host[rows]
+        self.first, self.held, self.batch = self.first[rows], self.held[rows], len(rows)
+        mask = (self.host >= 0) & copied[:, None, None]
+        old: np.ndarray = self.host[mask]
+        split = len(self.free) - len(old)
+        new, self.free = self.free[split:][::-1].copy(), self.free[:split]
+        self.host[mask] = new
+        self.table = torch.tensor(self.host, device=self.device)
+        return freed, old, new
+
     def compact(self, spare: int) -> np.ndarray | None:
         """Numbers the assigned pages anew, so that they fit pools with `spare` free pages more.
 

@@ -78,6 +78,14 @@ def test_the_python_of_the_evaluation_guide_runs(
     assert capsys.readouterr().out.startswith("1.0 ")
 
 
+def test_the_python_of_the_generation_guide_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "\n".join(blocks((ROOT / "docs/generation.md").read_text(), "python"))
+    exec(compile(code, "generation.md", "exec"), {})
+    assert "{'dense': 7, 'policy': 7}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):

@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import progress
+from ..arguments import closest
 from ..settings import KERNELS
 from .files import absolute
 
 if TYPE_CHECKING:
     from ..load import Loaded
+
+    _Choice = click.Choice[str]
+else:
+    _Choice = click.Choice  # generic since click 8.2
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,22 @@ _READING = (
     ),
 )
 
+
+class Choice(_Choice):
+    """click's, which also names the nearest value for a wrong one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return str(super().convert(value, param, ctx))
+        except click.BadParameter as error:
+            near = closest(str(value), map(str, self.choices))
+            guess = f" Did you mean {near!r}?" if near is not None else ""
+            raise click.BadParameter(f"{error.message}{guess}", ctx, param) from None
+
+
 kernels = click.option(
     "--kernels",
-    type=click.Choice(KERNELS),
+    type=Choice(KERNELS),
     help="auto: generate kernels, and say so where that fails; required: fail then; off: run "
     "reference operations. [default: $MEMCOMPILE_KERNELS, or auto]",
 )

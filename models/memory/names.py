@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 
 def known(what: str, given: object, names: Any) -> None:
-    """Refuses a name that is not in `names`, listing those that are."""
+    """Refuses a name that is not in `names`, with the closest one and all of them."""
     if given not in [*names]:
-        raise ValueError(f"unknown {what} {given!r}; known: {', '.join(map(str, names))}")
+        listed = [str(name) for name in names]
+        word = given if isinstance(given, str) else ""
+        close = difflib.get_close_matches(word, listed, n=1, cutoff=0.7)
+        guess = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"unknown {what} {given!r}; {guess}known: {', '.join(listed)}")
 
 
 def whole(what: str, given: object, least: int) -> None:

@@ -129,6 +129,12 @@ def test_generating_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         for batch in (1, 2):
             out = compiled.engine().generate(tokens(batch, 60), 90)
             assert out.shape == (batch, 150)
+        prompt = compiled.engine()
+        prompt.prefill(tokens(1, 200))
+        branches = prompt.fork(rows=[0] * 3)
+        branches.generate(tokens(3, 5), 9, temperature=1.0, seed=0)
+        branches.select([2, 0, 0])
+        assert branches(tokens(3, 2)).shape == (3, 2, VOCABULARY)
 
 
 def test_state_is_written_where_it_lies() -> None:

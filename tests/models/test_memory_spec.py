@@ -168,7 +168,10 @@ def test_the_index_holds_what_the_score_needs(score: str, compensate: bool) -> N
         (lambda: Pages(24), r"page_size must be 1 or a power of two from 8 to 1024, got 24"),
         (lambda: Pages(2048), r"power of two from 8 to 1024, got 2048"),
         (lambda: Index(()), r"index.fields must name some of"),
-        (lambda: Index(("median",)), r"unknown index field 'median'; known: mean, std"),
+        (
+            lambda: Index(("median",)),
+            r"unknown index field 'median'; did you mean 'mean'\? known: mean, std",
+        ),
         (lambda: Index(("mean", "mean")), r"names a field twice"),
         (lambda: field_width("median", 1, 1), r"unknown index field 'median'"),
         (lambda: State("hebb"), r"unknown decay 'hebb'; known: none, constant, gate"),

@@ -108,12 +108,14 @@ def test_rows_that_share_a_position_end_too():
     engine = build(Decoder(0), "dense").engine()
     given = tokens(2, 9)
     free = engine.fork().generate(given, 6)[:, 9:]
-    end = next(t for t in free[0].tolist() if t not in free[1])
+    end = int(free[0, 0])
     out = engine.generate(given, 6, eos=end)[:, 9:]
-    at = free[0].tolist().index(end)
-    assert out[0].tolist() == free[0, : at + 1].tolist() + [end] * (5 - at)
-    assert torch.equal(out[1], free[1])
-    assert engine.position == [14, 14]
+    at = [(*row, end).index(end) for row in free.tolist()]
+    assert at[0] < at[1], "one row has to end before the other"
+    for row, last in enumerate(at):
+        assert out[row, :last].tolist() == free[row, :last].tolist()
+        assert (out[row, last:] == end).all()
+    assert engine.position == [9 + out.shape[1] - 1] * 2
 
 
 def test_sampling_repeats_with_its_seed(engine):
@@ -159,3 +161,58 @@ def test_refusals_before_anything_is_read(engine, options, message):
     with pytest.raises(ValueError, match=message):
         engine.stream(tokens(2, 3), **{"max_new_tokens": 4, **options})
     assert engine.position == []
+
+
+def test_one_prompt_goes_on_in_many_rows(compiled):
+    context, questions = tokens(1, 20), tokens(3, 5)
+    engine = compiled.engine()
+    engine.prefill(context)
+    branch = engine.fork(rows=[0] * 3)
+    assert (branch.position, engine.position) == ([20] * 3, [20])
+    out = branch.generate(questions, 6, lengths=[5, 2, 4])
+    whole = torch.cat([context.expand(3, -1), questions], 1)
+    expected = compiled.engine().generate(whole, 6, lengths=[25, 22, 24])
+    assert torch.equal(out[:, 5:], expected[:, 25:])
+    draws = engine.fork(rows=torch.zeros(2, dtype=torch.int64))
+    free = draws.generate(questions[:1].expand(2, -1), 12, temperature=2.0, seed=0)
+    assert not torch.equal(free[0], free[1]), "rows of one prompt draw apart"
+
+
+SMALL = {"sinks": 8, "window": 8, "dense_layers": 0}
+EVERY = {
+    "dense": {},
+    "hybrid": {"page_size": 8, "window": 8, "state_layers": (0,)},
+    "heavy-hitter": {"page_size": 8, "budget": 32, **SMALL},
+    "window": {"page_size": 8, "sinks": 8, "window": 16},
+    "hierarchical": {"levels": (8, 16), "refine": 0, "keep": False, **SMALL},
+}
+
+
+@pytest.mark.parametrize("policy", EVERY)
+def test_rows_of_any_memory_are_selected(policy):
+    engine = build(PositionedDecoder(0), policy, **EVERY[policy]).engine()
+    engine.prefill(tokens(3, 40), lengths=[40, 22, 31])
+    engine(tokens(3, 3))
+    rows, more = [2, 0, 2], tokens(3, 9)
+    branch = engine.fork(rows)
+    assert branch.position == [engine.position[row] for row in rows]
+    given = torch.stack([more[rows.index(row)] if row in rows else more[0] for row in range(3)])
+    expected = engine(given)
+    got = branch(torch.stack([given[row] for row in rows]))
+    for at, row in enumerate(rows):
+        assert torch.equal(got[at].argmax(-1), expected[row].argmax(-1))
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("hybrid", "a state"), ("heavy-hitter", "an acc")])
+def test_what_cannot_be_rewound_cannot_be_held(policy, kept):
+    engine = build(PositionedDecoder(0), policy, **EVERY[policy]).engine()
+    with pytest.raises(ValueError, match=f"keeps {kept}.* cannot be rewound"):
+        engine.hold()
+
+
+def test_rows_of_an_empty_engine_are_refused(engine):
+    with pytest.raises(ValueError, match=r"rows \[0, 0\]: this engine remembers none yet"):
+        engine.fork(rows=[0, 0])
+    engine.prefill(tokens(1, 3))
+    with pytest.raises(ValueError, match=r"rows \[1\]: give numbers of 0 \.\. 0"):
+        engine.fork(rows=[1])

@@ -105,6 +105,7 @@ steps = st.lists(
         st.tuples(st.just("append"), st.lists(st.integers(0, 21), min_size=3, max_size=3)),
         st.tuples(st.just("rewind"), st.lists(st.floats(0, 1), min_size=3, max_size=3)),
         st.tuples(st.just("fork"), st.none()),
+        st.tuples(st.just("select"), st.lists(st.integers(0, 2), min_size=3, max_size=3)),
         st.tuples(st.just("reset"), st.none()),
     ),
     min_size=1,
@@ -139,6 +140,10 @@ def test_any_history_ends_as_if_only_its_tokens_had_been_written(
             driven = copy.copy(driven)
             driven.state, driven.tokens = state.fork(), [list(t) for t in driven.tokens]
             parent.append([5, 5, 5])  # what is written to the other is never seen here
+        elif kind == "select":
+            rows = [int(row) for row in given_ or ()]
+            state.select(rows)
+            driven.tokens = [list(driven.tokens[row]) for row in rows]
         elif kind == "reset":
             state.reset()
             driven.tokens = [[], [], []]
@@ -153,6 +158,70 @@ def test_any_history_ends_as_if_only_its_tokens_had_been_written(
         for one, two in zip(driven.append(n, question), fresh.append(n, question), strict=True):
             assert_close_to_float64(one, two, two, reduction=300)
     assert_same_full_records(driven.state, fresh.state)
+
+
+@pytest.mark.parametrize("fixed", [None, 120])
+def test_rows_are_repeated_dropped_and_reordered(fixed: int | None) -> None:
+    driven = Driven(states(2, fixed))
+    driven.append([60, 21])
+    for rows in ([1, 0, 1, 1], [2, 1, 1, 3, 0], [1], [0, 0]):
+        driven.state.select(rows)
+        driven.tokens = [list(driven.tokens[row]) for row in rows]
+        driven.check_pages()
+        driven.append([int(n) for n in range(3, 3 + len(rows))])
+        driven.check_pages()
+        fresh = Driven(states(len(rows)))
+        fresh.append(driven.state.position, driven.tokens)
+        question = [[*t, torch.ones(3, 6, dtype=torch.float64)] for t in driven.tokens]
+        ones = [1] * len(rows)
+        for one, two in zip(
+            driven.append(ones, question), fresh.append(ones, question), strict=True
+        ):
+            assert_close_to_float64(one, two, two, reduction=300)
+        assert_same_full_records(driven.state, fresh.state)
+
+
+def test_a_preallocated_memory_stays_so_for_more_rows() -> None:
+    state = states(1, 120)
+    driven = Driven(state)
+    driven.append([20])
+    state.select([0, 0, 0])
+    driven.tokens = [list(driven.tokens[0]) for _ in range(3)]
+    places = [t.data_ptr() for t in state.tensors()]
+    driven.append([100] * 3)
+    dense, sliding = slice(0, 3), slice(-3, None)
+    assert [t.data_ptr() for t in state.tensors()[dense]] == places[dense]
+    assert len(state.tensors()[sliding]) == 3
+
+
+def test_reordering_rows_copies_no_page() -> None:
+    state = states(3)
+    Driven(state).append([30, 30, 30])
+    before, table = [t.clone() for t in state.tensors()], state.tensors()[0].clone()
+    state.select([2, 0, 1])
+    assert torch.equal(state.tensors()[0], table[[2, 0, 1]])
+    for one, two in zip(before[1:3], state.tensors()[1:3], strict=True):
+        assert torch.equal(one.nan_to_num(7), two.nan_to_num(7))
+
+
+def test_what_is_held_can_be_taken_back() -> None:
+    state = MemoryState([layout("sliding", DENSE, 13)], 1, "cpu")
+    driven = Driven(state)
+    driven.append([40])
+    state.hold()
+    for _ in range(30):
+        driven.append([1])
+    table = next(iter(state._tables.values()))
+    assert table.first.tolist() == [(40 - 12) // 8]
+    state.rewind(41)
+    fresh = Driven(MemoryState([layout("sliding", DENSE, 13)], 1, "cpu"))
+    fresh.append([41], driven.tokens)
+    for one, two in zip(driven.append([9]), fresh.append([9], driven.tokens), strict=True):
+        assert_close_to_float64(one, two, two, reduction=300)
+    state.hold()
+    driven.append([1])
+    driven.check_pages()
+    assert table.first.tolist() == [(50 - 12) // 8]
 
 
 def assert_same_full_records(one: MemoryState, two: MemoryState) -> None:
@@ -288,6 +357,9 @@ def test_memory_bytes_are_the_bytes_of_what_is_held() -> None:
         (lambda: states().reserve([1]), r"expected 3 whole numbers .* got \[1\]"),
         (lambda: states().reserve([1, 1, -1]), r"of at least 0, one a sequence"),
         (lambda: states().reserve([1.0, 1, 1]), r"expected 3 whole numbers"),
+        (lambda: states().select([]), r"expected the numbers of one or more sequences, got \[\]"),
+        (lambda: states().select([0.5]), r"one or more sequences, got \[0.5\]"),
+        (lambda: states().select([0, 3]), r"rows \[0, 3\]: give numbers of 0 .. 2"),
         (lambda: states().advance([1, 0, 0]), r"advancing to \[1, 0, 0\] .* reserve the tokens"),
         (lambda: states().rewind(1), r"cannot rewind to \[1, 1, 1\]: .* hold \[0, 0, 0\] tokens"),
     ],
