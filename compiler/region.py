@@ -83,7 +83,9 @@ def sinks(focus: fx.Node, declined: Declined | None) -> list[fx.Node]:
     if declined.rule in ("fold_attention", "undo_repeat_kv"):
         near = _onward([focus], _FORWARD)
         # Those at the end: another user of a node on the way would be another graph.
-        return [node for node in near if _is_tensor(node) and not any(u in near for u in node.users)]
+        return [
+            node for node in near if _is_tensor(node) and not any(u in near for u in node.users)
+        ]
     if not _is_tensor(focus):
         return [node for node in _onward([focus], 4) if _is_tensor(node)] or [focus]
     return [focus]
@@ -223,9 +225,7 @@ class Part(nn.Module):
         for node, tensor in values.items():
             name = f"value_{len(self.held)}"
             self.held[node] = name
-            if tensor.is_floating_point() and node.op != "get_attr":
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-            elif is_parameter(node):
+            if (tensor.is_floating_point() and node.op != "get_attr") or is_parameter(node):
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             else:
                 self.register_buffer(name, tensor)

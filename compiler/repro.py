@@ -22,7 +22,19 @@ from ..models.memory import Mixture, Policy
 from ..passes.graph_tools import module_path
 from ..passes.result import Declined
 from .policy_file import FittedPolicy
-from .region import Cut, Edge, Graph, Part, cut, edge_of, is_output, is_parameter, is_site, part, sinks
+from .region import (
+    Cut,
+    Edge,
+    Graph,
+    Part,
+    cut,
+    edge_of,
+    is_output,
+    is_parameter,
+    is_site,
+    part,
+    sinks,
+)
 
 _DEPTHS = (6, 16, 48, 1 << 30)
 _MOST_NODES = 4000
@@ -95,15 +107,15 @@ def main():
 if __name__ == "__main__":
     sys.exit(main())
 '''
-_DECLINED = '''\
+_DECLINED = """\
     for declined in report.declined:
         print(declined)
     found = any({match} for d in report.declined)
     print("reproduced" if found else "not reproduced")
-    return 0 if found else 1'''
-_REWRITTEN = '''\
+    return 0 if found else 1"""
+_REWRITTEN = """\
     print(report)
-    return 0 if report.memories and not report.declined else 1'''
+    return 0 if report.memories and not report.declined else 1"""
 
 
 def write_repro(
@@ -224,7 +236,9 @@ def _policy_of(
 class _Held:
     """A weight of the script: its text, and the value that the text makes."""
 
-    def __init__(self, text: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype):
+    def __init__(
+        self, text: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
+    ):
         self.text, self.tensor, self.shape, self.dtype = text, tensor, shape, dtype
 
     def value(self, generator: torch.Generator) -> Tensor:
@@ -269,9 +283,7 @@ def _rule(tensor: Tensor) -> _Held | None:
     if bool((tensor == first).all()):
         return _Held(f"torch.full({sizes}, {_literal(first)}, dtype={kind})", tensor, shape, dtype)
     count = tensor.numel()
-    if not dtype.is_floating_point and torch.equal(
-        tensor.flatten().long(), torch.arange(count)
-    ):
+    if not dtype.is_floating_point and torch.equal(tensor.flatten().long(), torch.arange(count)):
         text = f"torch.arange({count}, dtype={kind}).reshape({sizes})"
         return _Held(text, tensor, shape, dtype)
     if len(shape) < 2 or shape[-1] != shape[-2] or count != shape[-1] ** 2:
@@ -288,7 +300,9 @@ def _rule(tensor: Tensor) -> _Held | None:
         if steps[at] != steps[at - 1]:
             runs += 1
             value = _literal(steps[at].item())
-            lines.append(f".where(distance({size}) < {at - size + 1}, torch.tensor({value}, dtype={kind}))")
+            lines.append(
+                f".where(distance({size}) < {at - size + 1}, torch.tensor({value}, dtype={kind}))"
+            )
     if runs > 8:
         return None
     return _Held("".join(lines) + f".reshape({sizes})", tensor, shape, dtype)

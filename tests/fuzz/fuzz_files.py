@@ -39,7 +39,20 @@ STRAY: tuple[Any, ...] = (
     *("x" * 2000, "float32", "llama", "F32", [], {}, [1], [[]], {"x": 1}, {"as_int": 1}),
     *({"name": "x"}, [-1], [1 << 40], [0, 1 << 62], "\udcff", "true", "{{7*7}}", "%n"),
 )
-MODEL_TYPES = "llama gpt2 mistral qwen3 gpt_neox phi opt mamba bert t5 nope ../x".split()
+MODEL_TYPES = [
+    "llama",
+    "gpt2",
+    "mistral",
+    "qwen3",
+    "gpt_neox",
+    "phi",
+    "opt",
+    "mamba",
+    "bert",
+    "t5",
+    "nope",
+    "../x",
+]
 
 
 def any_place(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -146,7 +159,9 @@ def _archive(random: Random, entries: Entries, path: Path, marker: Path) -> None
             case 4:
                 entries[name] = torch_pickle(marker)
             case _:
-                entries[name] = random.choice((b"", b"{", b"[" * 100_000, b"null", b'"' + b"\\" * 9))
+                entries[name] = random.choice(
+                    (b"", b"{", b"[" * 100_000, b"null", b'"' + b"\\" * 9)
+                )
     write_entries(entries, path, random.choice(["model"] * 9 + ["", "..", "a/b", "é"]))
     if kind == 7:
         with zipfile.ZipFile(path, "a", random.choice((8, 8, 0, 12, 14))) as out:
@@ -158,14 +173,22 @@ def _archive(random: Random, entries: Entries, path: Path, marker: Path) -> None
 
 def _entry_name(random: Random) -> str:
     names = ["../x", "/x", "a\\..\\x", "..", "é", "x" * 3000, "data/../../x", "C:/x", "a//b", "./"]
-    return random.choice([*names, "data/weights/x.so", "models/other.json", "byteorder", "code/x.py"])
+    return random.choice(
+        [*names, "data/weights/x.so", "models/other.json", "byteorder", "code/x.py"]
+    )
 
 
 def _reading(random: Random, name: str, *extra: str) -> list[str]:
     """A command that reads the file: looked at, built without a result, or with one."""
     return random.choice(
         [
-            ["inspect", name, "--policy", policy(random) if random.random() < 0.2 else "scout", *extra],
+            [
+                "inspect",
+                name,
+                "--policy",
+                policy(random) if random.random() < 0.2 else "scout",
+                *extra,
+            ],
             ["inspect", name, "--policy", "dense", "--json", *extra],
             ["build", name, "--dry-run", "--kernels", "off", *extra],
             ["build", name, "--out", "out", "--quiet", "--kernels", "off", *extra],
@@ -222,7 +245,9 @@ def pickled(random: Random, zoo: Path, here: Path, marker: Path) -> list[str]:
     if random.random() < 0.15:
         copy(zoo, here, "llama")
         (here / "llama" / "model.safetensors").unlink()
-        (here / "llama" / random.choice(["pytorch_model.bin", "model.safetensors"])).write_bytes(data)
+        (here / "llama" / random.choice(["pytorch_model.bin", "model.safetensors"])).write_bytes(
+            data
+        )
         return _reading(random, "llama")
     (here / name).write_bytes(data)
     return _reading(random, name, *random.choice(([], ["--arch", ARCH])))
@@ -271,7 +296,9 @@ def transformers(random: Random, zoo: Path, here: Path, marker: Path) -> list[st
     else:
         other = random.choice(["adapter_config.json", "generation_config.json", "tokenizer.json"])
         held = random.choice(STRAY)
-        (folder / other).write_text(json.dumps({"x": held, "auto_mapping": {"parent_library": "os"}}))
+        (folder / other).write_text(
+            json.dumps({"x": held, "auto_mapping": {"parent_library": "os"}})
+        )
     if kind != 10:
         (folder / "config.json").write_text(json.dumps(config))
     return _reading(random, "llama")
@@ -294,7 +321,12 @@ def package(random: Random, zoo: Path, here: Path, marker: Path) -> list[str]:
         shutil.copyfile(zoo / "fitted.safetensors", folder / "policy.safetensors")
         manifest["files"]["policy.safetensors"] = {}
         if random.random() < 0.5:
-            manifest["policy"] = {"preset": "hybrid", "state_layers": [0], "window": 8, "page_size": 8}
+            manifest["policy"] = {
+                "preset": "hybrid",
+                "state_layers": [0],
+                "window": 8,
+                "page_size": 8,
+            }
     elif kind == 6:
         name = random.choice(sorted(p.name for p in folder.iterdir()))
         if random.random() < 0.3:

@@ -12,20 +12,98 @@ from fuzz_zoo import ARCH
 from memcompile.compiler.cli import commands
 from memcompile.models.memory import PRESETS
 
-MODELS = ["model.pt2"] * 6 + ["llama"] * 3 + ["state.pt", "s.safetensors", "module.pt", "flat.pt2"]
+MODELS = ["model.pt2"] * 8 + ["llama"] + ["state.pt", "s.safetensors", "module.pt", "flat.pt2"]
 FOLDERS = ["engine"] * 6 + ["hollow", "llama"]
-ODD_PATHS = """
-    config.json text.txt ids.txt noise.bin empty hollow fitted.safetensors absent absent/deep
-    engine/manifest.json engine/program.pt2 model.pt2/x . .. / ./model.pt2 ../here
-""".split()
-NUMBERS = """
-    0 1 2 3 8 16 63 64 65 -1 +1 -0 007 1_0 0x10 1e3 1.5 1e999 nan -inf none true
-    2147483647 2147483648 9223372036854775807 9223372036854775808 18446744073709551616
-    1000000000000000000000000000000 ٣ ½ ² 1,2 1+2 16,8 0.5 .5 0,1 1,
-""".split()
+ODD_PATHS = [
+    "config.json",
+    "text.txt",
+    "ids.txt",
+    "noise.bin",
+    "empty",
+    "hollow",
+    "fitted.safetensors",
+    "absent",
+    "absent/deep",
+    "engine/manifest.json",
+    "engine/program.pt2",
+    "model.pt2/x",
+    ".",
+    "..",
+    "/",
+    "./model.pt2",
+    "../here",
+]
+NUMBERS = [
+    "0",
+    "1",
+    "2",
+    "3",
+    "8",
+    "16",
+    "63",
+    "64",
+    "65",
+    "-1",
+    "+1",
+    "-0",
+    "007",
+    "1_0",
+    "0x10",
+    "1e3",
+    "1.5",
+    "1e999",
+    "nan",
+    "-inf",
+    "none",
+    "true",
+    "2147483647",
+    "2147483648",
+    "9223372036854775807",
+    "9223372036854775808",
+    "18446744073709551616",
+    "1000000000000000000000000000000",
+    "٣",
+    "½",
+    "²",
+    "1,2",
+    "1+2",
+    "16,8",
+    "0.5",
+    ".5",
+    "0,1",
+    "1,",
+]
 TEXTS = [
-    *("", " ", "-", "--", "---", "=", ":", ",", "+", "a", "0", "one two", "1 2 3", "\n", "\t", "%s"),
-    *("{}", "{0}", "$(touch canary)", "`touch canary`", "; touch canary", "'", '"', "\\", "../..", "~"),
+    *(
+        "",
+        " ",
+        "-",
+        "--",
+        "---",
+        "=",
+        ":",
+        ",",
+        "+",
+        "a",
+        "0",
+        "one two",
+        "1 2 3",
+        "\n",
+        "\t",
+        "%s",
+    ),
+    *(
+        "{}",
+        "{0}",
+        "$(touch canary)",
+        "`touch canary`",
+        "; touch canary",
+        "'",
+        '"',
+        "\\",
+        "../..",
+        "~",
+    ),
     *("é", "漢字", "\u202e", "\ufeff", "\U0001f600", "\udcff", "\x1b[31m", "\x07", "[red]x[/red]"),
     *("[/]", "x" * 300, "x" * 5000, "9" * 5000, "CON", "-h", "--help", "a=b", "a=b=c", "=a"),
 ]
@@ -96,7 +174,17 @@ def _value(random: Random, option: click.Option) -> str:
     if flag == "--set":
         return _setting(random, random.choice(list(PRESETS)))
     if flag == "--arch":
-        known = [ARCH, "nowhere:Net", "torch.nn:Linear", "pathlib:Path", ":", "a:", ".x:y", "..", "1:2"]
+        known = [
+            ARCH,
+            "nowhere:Net",
+            "torch.nn:Linear",
+            "pathlib:Path",
+            ":",
+            "a:",
+            ".x:y",
+            "..",
+            "1:2",
+        ]
         return random.choice([*known, f"{ARCH}.forward", "archive_payloads:", "os:getcwd", "a b:c"])
     if flag in ("--tasks", "--wording"):
         return ",".join(random.choices(["text_loss", "needle", "bytes", "natural", "x", ""], k=2))
@@ -142,7 +230,13 @@ def _typo(random: Random, word: str) -> str:
         return "x"
     at = random.randrange(len(word))
     return random.choice(
-        [word[:at] + word[at + 1 :], word[:at] + "x" + word[at:], word.upper(), word + word, word[:at]]
+        [
+            word[:at] + word[at + 1 :],
+            word[:at] + "x" + word[at:],
+            word.upper(),
+            word + word,
+            word[:at],
+        ]
     )
 
 

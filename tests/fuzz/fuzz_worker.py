@@ -131,7 +131,7 @@ def _words(outcome: Outcome, said: str, noise: str) -> Iterator[str]:
         yield f"{len(lines)} lines on stderr for a refusal"
     if outcome.code not in (0, -1) and not noise.strip() and not said.strip():
         yield "no word of why"
-    if any(ord(c) < 32 and c not in "\n\t" or c == "\x7f" for c in noise):
+    if any((ord(c) < 32 and c not in "\n\t") or c == "\x7f" for c in noise):
         yield "control characters on stderr"
 
 

@@ -82,7 +82,7 @@ def _llama(folder: Path) -> None:
         max_position_embeddings=64,
     )
     transformers.LlamaForCausalLM(config).eval().save_pretrained(folder)
-    words = "one two three four five six <unk> prompt a b c d e f g".split()
+    words = ["one", "two", "three", "prompt", *"abcdefg", "<unk>"]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -115,6 +115,8 @@ def fuzz(worker: Worker, cases: Iterable[tuple[str, int]], seconds: float) -> st
             break
         outcome = worker.ask(kind, index)
         codes[kind, outcome["code"]] += 1
+        if codes.total() % 500 == 0:
+            print(f"{codes.total()} cases in {time.monotonic() - started:.0f} s", flush=True)
         if outcome["wrong"]:
             wrong.append(outcome)
             if log:
@@ -142,6 +144,7 @@ def test_a_slice_of_every_kind(worker: Worker) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(0)
 def test_many_command_lines_and_files(worker: Worker) -> None:
-    cases = [(kind, int(at)) for kind, _, at in (c.strip().rpartition(" ") for c in REPLAY.split(","))] if REPLAY else spread(CASES)
+    named = (case.strip().rpartition(" ") for case in REPLAY.split(",") if case.strip())
+    cases = [(kind, int(index)) for kind, _, index in named] or spread(CASES)
     wrong = fuzz(worker, cases, SECONDS)
     assert not wrong, wrong
