@@ -1,7 +1,7 @@
 """A program from a file says which shape and type each of its values has: hold it to that.
 
-Every pass believes what the graph says of its values. torch writes it down beside the operations and
-reads it back unchecked, so a damaged file may say anything.
+Every pass believes what the graph says of its values. torch writes it down beside the operations
+and reads it back unchecked, so a damaged file may say anything.
 """
 
 from __future__ import annotations

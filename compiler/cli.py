@@ -25,6 +25,7 @@ from .commands.cache import cache
 from .commands.completion import VARIABLE, completion
 from .commands.distill import distill
 from .commands.evaluate import evaluate
+from .commands.explain import explain
 from .commands.inspect import inspect
 from .commands.run import run
 from .commands.suggest import SuggestingGroup, check_word
@@ -43,6 +44,7 @@ from .exit_codes import (
 COMMANDS: tuple[tuple[click.Command, str], ...] = (
     (build, "MODEL [OPTIONS]"),
     (inspect, "inspect MODEL [OPTIONS]"),
+    (explain, "explain MODEL [OPTIONS]"),
     (run, "run DIR [OPTIONS]"),
     (evaluate, "eval MODEL_OR_DIR [OPTIONS]"),
     (distill, "distill MODEL --data FILE"),
@@ -165,6 +167,8 @@ def _run(arguments: list[str] | None) -> int:
             return _fail(str(error), READ_TOO_MUCH)
         if _is_bad_input(error):
             return _fail(_one_line(error), BAD_INPUT)
+        if _out_of_memory(error):
+            return _fail(f"not enough memory for this: {_one_line(error)}", BAD_INPUT)
         traceback.print_exc()
         return _fail(f"internal error: {type(error).__name__}", INTERNAL)
 
@@ -198,6 +202,13 @@ def _is_bad_input(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     home = Path(__file__).resolve().parents[1]
     return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(home)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether more memory was asked for than there is; torch has no type of its own for the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _one_line(error: Exception | str) -> str:

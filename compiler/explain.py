@@ -17,6 +17,8 @@ from .report import Report, bytes_of
 if TYPE_CHECKING:
     from .region import Graph
 
+_READING = ("trust_pickle", "arch", "arch_config")
+
 
 def explain(
     model: nn.Module | ExportedProgram | str | PathLike[str],
@@ -50,12 +52,13 @@ def explain(
     given: dict[str, Any] = {"strict": False, "check": False, **options}
     if tokens is None and not given["check"]:
         given["kernels"] = "off"  # nothing is run
-    if isinstance(model, str | PathLike):
+    if isinstance(model, str | PathLike):  # read once, though it may be built twice
         from .load import load
 
         path = Path(model)
-        model = load(path).model
-        given.setdefault("name", path.name)
+        reading = {key: given.pop(key) for key in _READING if key in given}
+        model = load(path, **reading).model
+        given["name"] = given.get("name") or path.name
     mismatch: list[Declined] = []
     try:
         compiled = build(model, policy, **given)

@@ -362,6 +362,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "compile the model again, or use that version"
         )
     expected: dict[str, type | tuple[type, ...]] = {
+        "memcompile": str,
         "model": str,
         "takes_position_ids": bool,
         "policy": dict,

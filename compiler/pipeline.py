@@ -107,8 +107,7 @@ def build(
     """
     chosen = choose(policy, options)
     kernels = kernels_setting(kernels)
-    if max_context is not None and (type(max_context) is not int or max_context < 1):
-        raise ValueError(f"max_context is {max_context!r}; give a positive number of tokens")
+    check_context(max_context)
     if isinstance(model, str | os.PathLike):
         from .load import load
 
@@ -154,6 +153,7 @@ def build_captured(
         NotRewritten: with `strict`, when there is no attention, a site's mask is not understood, or
             no step can be derived; every decline is listed with its node and source line.
     """
+    check_context(max_context)
     name = captured.name
     report = _report(name, chosen, max_context)
     timings = report.timings
@@ -243,6 +243,22 @@ def build_captured(
     compiled = Compiled(captured, chosen, sites, memories, declined, report, program)
     debug(1, lambda: str(report))
     return compiled
+
+
+def check_context(max_context: int | None) -> None:
+    """Refuses a context that no engine can hold.
+
+    Raises:
+        ValueError: it is no positive whole number, or beyond the positions, which are 32 bit.
+    """
+    if max_context is None:
+        return
+    if type(max_context) is not int or max_context < 1:
+        raise ValueError(f"max_context is {max_context!r}; give a positive number of tokens")
+    if max_context >= 1 << 31:
+        raise ValueError(
+            f"max_context is {max_context}; positions are 32 bit, so give less than {1 << 31}"
+        )
 
 
 def _report(name: str, chosen: Preset, max_context: int | None) -> Report:

@@ -229,7 +229,7 @@ class Part(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             else:
                 self.register_buffer(name, tensor)
-        self.register_parameter("base", nn.Parameter(torch.randn(region.rows, 8), False))
+        self.base = nn.Parameter(torch.randn(region.rows, 8), False)
 
     def run(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         region, known = self.region, dict[fx.Node, Any]()
@@ -239,7 +239,7 @@ class Part(nn.Module):
             known[inputs[1]] = position_ids
         rows = input_ids % region.rows
         for node in region.edge:
-            looked = nn.functional.embedding(rows, getattr(self, self.held[node]))
+            looked = nn.functional.embedding(rows, self.get_parameter(self.held[node]))
             known[node] = edge_of(node, region.graph.classified).value(looked)
         for node in region.nodes:
             if node.op == "get_attr":

@@ -1,7 +1,8 @@
 """A script that shows by itself what was declined: the region around it, with random weights.
 
-The text is made of nothing that a graph brings along as text: names are rebuilt from letters, digits
-and underscores, operators are taken from torch's own tables, literals are printed by their type.
+The text is made of nothing that a graph brings along as text: names are rebuilt from letters,
+digits and underscores, operators are taken from torch's own tables, literals are printed by their
+type.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def _mismatched(
         if like:
             return region, held, True
     output = next(n for n in reversed(graph.module.graph.nodes) if n.op == "output")
-    region = cut(graph, [output.args[0]], 1 << 30)  # type: ignore[list-item]
+    region = cut(graph, [output.args[0]], 1 << 30)
     held = _weights(region)
     return region, held, _shows(region, held, _policy_of(graph, policy, region, mismatch), mismatch)
 
@@ -432,10 +433,10 @@ def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
     if target is operator.neg:
         return f"-{given[0]}"
     name = getattr(target, "__name__", "")
-    for space, word in ((math, "math"), (torch, "torch")):
-        known = word == "math" or name.startswith("sym_")
-        if known and getattr(space, name, None) is target:
-            return f"{word}.{_word(name)}({', '.join(given)})"
+    if name.startswith("sym_") and getattr(torch, name, None) is target:
+        return f"torch.{_word(name)}({', '.join(given)})"
+    if getattr(math, name, None) is target:
+        return f"math.{_word(name)}({', '.join(given)})"
     raise ValueError(
         f"the region calls {ascii(str(target))[:80]}, which is no operator of torch's own: no "
         "script without your code can show it"

@@ -39,20 +39,8 @@ STRAY: tuple[Any, ...] = (
     *("x" * 2000, "float32", "llama", "F32", [], {}, [1], [[]], {"x": 1}, {"as_int": 1}),
     *({"name": "x"}, [-1], [1 << 40], [0, 1 << 62], "\udcff", "true", "{{7*7}}", "%n"),
 )
-MODEL_TYPES = [
-    "llama",
-    "gpt2",
-    "mistral",
-    "qwen3",
-    "gpt_neox",
-    "phi",
-    "opt",
-    "mamba",
-    "bert",
-    "t5",
-    "nope",
-    "../x",
-]
+_TYPES = "llama gpt2 mistral qwen3 gpt_neox phi opt mamba bert t5 nope ../x"
+MODEL_TYPES = _TYPES.split()
 
 
 def any_place(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

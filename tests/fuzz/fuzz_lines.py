@@ -14,65 +14,16 @@ from memcompile.models.memory import PRESETS
 
 MODELS = ["model.pt2"] * 8 + ["llama"] + ["state.pt", "s.safetensors", "module.pt", "flat.pt2"]
 FOLDERS = ["engine"] * 6 + ["hollow", "llama"]
-ODD_PATHS = [
-    "config.json",
-    "text.txt",
-    "ids.txt",
-    "noise.bin",
-    "empty",
-    "hollow",
-    "fitted.safetensors",
-    "absent",
-    "absent/deep",
-    "engine/manifest.json",
-    "engine/program.pt2",
-    "model.pt2/x",
-    ".",
-    "..",
-    "/",
-    "./model.pt2",
-    "../here",
-]
-NUMBERS = [
-    "0",
-    "1",
-    "2",
-    "3",
-    "8",
-    "16",
-    "63",
-    "64",
-    "65",
-    "-1",
-    "+1",
-    "-0",
-    "007",
-    "1_0",
-    "0x10",
-    "1e3",
-    "1.5",
-    "1e999",
-    "nan",
-    "-inf",
-    "none",
-    "true",
-    "2147483647",
-    "2147483648",
-    "9223372036854775807",
-    "9223372036854775808",
-    "18446744073709551616",
-    "1000000000000000000000000000000",
-    "٣",
-    "½",
-    "²",
-    "1,2",
-    "1+2",
-    "16,8",
-    "0.5",
-    ".5",
-    "0,1",
-    "1,",
-]
+_PATHS = """
+    config.json text.txt ids.txt noise.bin empty hollow fitted.safetensors absent absent/deep
+    engine/manifest.json engine/program.pt2 model.pt2/x . .. / ./model.pt2 ../here
+"""
+_NUMBERS = """
+    0 1 2 3 8 16 63 64 65 -1 +1 -0 007 1_0 0x10 1e3 1.5 1e999 nan -inf none true
+    2147483647 2147483648 9223372036854775807 9223372036854775808 18446744073709551616
+    1000000000000000000000000000000 ٣ ½ ² 1,2 1+2 16,8 0.5 .5 0,1 1,
+"""
+ODD_PATHS, NUMBERS = _PATHS.split(), _NUMBERS.split()
 TEXTS = [
     *(
         "",

@@ -1,6 +1,6 @@
 """Runs fuzzed cases one after another in a process of their own, and says what each did wrong.
 
-`python fuzz_worker.py ZOO SEED` reads a case a line (``KIND INDEX``) and answers with a line of JSON.
+`python fuzz_worker.py ZOO SEED` reads a case a line (``KIND INDEX``), answers with a line of JSON.
 Its parent watches the clock and the process; what a case does is watched here.
 """
 
@@ -129,7 +129,8 @@ def _words(outcome: Outcome, said: str, noise: str) -> Iterator[str]:
     lines = noise.strip().splitlines()
     if outcome.code == 2 and not noise.startswith("Usage: ") and len(lines) != 1:
         yield f"{len(lines)} lines on stderr for a refusal"
-    if outcome.code not in (0, -1) and not noise.strip() and not said.strip():
+    quiet = outcome.code == 3 and "--quiet" in outcome.arguments  # the code says it
+    if outcome.code not in (0, -1) and not quiet and not noise.strip() and not said.strip():
         yield "no word of why"
     if any((ord(c) < 32 and c not in "\n\t") or c == "\x7f" for c in noise):
         yield "control characters on stderr"
