@@ -53,6 +53,7 @@ def _check_graph(graph: fx.Graph) -> None:
             continue
         if any("val" not in source.meta for source in node.all_input_nodes):
             raise ValueError(f"damaged: nothing is said of an input of {describe(node)}")
+        _check_arguments(node)
         arguments, named = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         try:
             if mode is None:
@@ -68,6 +69,17 @@ def _check_graph(graph: fx.Graph) -> None:
             raise ValueError(
                 f"damaged: {describe(node)} gives {_shown(made)}, and the file says "
                 f"{_shown(claimed)}"
+            )
+
+
+def _check_arguments(node: fx.Node) -> None:
+    """An operator takes a number for a tensor, which the passes do not."""
+    for schema, given in zip(node.target._schema.arguments, node.args, strict=False):  # type: ignore[union-attr]
+        value = given.meta["val"] if isinstance(given, fx.Node) else given
+        if isinstance(schema.type, torch.TensorType) and not isinstance(value, Tensor):
+            raise ValueError(
+                f"damaged: {describe(node)} is given {ascii(given)[:40]} as its {schema.name}, "
+                "where a tensor belongs"
             )
 
 

@@ -24,7 +24,8 @@ from .region import Graph, is_parameter
 _NEAR = 44  # boxes at most
 _UP, _DOWN = 9, 5  # operations before and after the node
 _CHARACTER = 7.3
-_BOX, _LAYER, _GAP, _MARGIN = 42, 92, 26, 28
+_BOX, _LAYER, _GAP, _MARGIN = 42, 98, 22, 28
+_SHAPE = 22  # the line of text below a box
 
 CLASSES = {
     "local": "each token by itself",
@@ -119,12 +120,12 @@ def drawing(graph: Graph, focus: fx.Node, declined: Declined | None) -> tuple[st
     flow.add_edges_from((s, n) for n in shown for s in n.all_input_nodes if s in shown)
     labels = {node: (_what(node), class_of(node, graph)) for node in shown}
     widths = {node: max(map(len, label)) * _CHARACTER + 28 for node, label in labels.items()}
-    # A reading order that does not hang on hashes: the graph's own.
-    places = layout(flow, widths, _GAP)
+    slots = {node: max(widths[node], len(_shape(node)) * 6.6) for node in shown}
+    places = layout(flow, slots, _GAP)
     head = _head(focus, declined)
     used = [name for name in CLASSES if any(name == kind for _, kind in labels.values())]
     keys = _keys(used)
-    top = _MARGIN + 22 * len(head) + 22 * len(keys) + 24
+    top = _MARGIN + 22 * len(head) + 22 * len(keys) + 44
     wide = max(len(line) * 8.2 for _, line in head)
     width = max(places.width, wide, *(x for row in keys for _, _, x in row)) + 2 * _MARGIN
     height = top + (places.layers - 1) * _LAYER + _BOX + _MARGIN
@@ -151,9 +152,8 @@ def drawing(graph: Graph, focus: fx.Node, declined: Declined | None) -> tuple[st
         _line(root, [(x + shift, top + layer * _LAYER) for x, layer in points], edge)
     for node in shown:
         x, layer = places.at[node]
-        leaves = [points[1][0] + shift for edge, points in places.lines.items() if edge[0] is node]
-        y, width = top + layer * _LAYER, widths[node]
-        _node(root, node, x + shift, y, width, labels[node], focus, shown, leaves)
+        y = top + layer * _LAYER
+        _node(root, node, x + shift, y, widths[node], labels[node], focus, shown)
     return ElementTree.tostring(root, encoding="unicode") + "\n", len(shown)
 
 
@@ -219,9 +219,9 @@ def _shape(node: fx.Node) -> str:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return f"{len(value)} tensors" if isinstance(value, list | tuple) else ""
-    kind = str(value.dtype).removeprefix("torch.")
+    kind = str(value.dtype).removeprefix("torch.").replace("float", "f").replace("int", "i")
     sizes = [str(size) if isinstance(size, int) else _size(size, node) for size in value.shape]
-    return f"[{', '.join(sizes)}]" + ("" if kind == "float32" else f" {kind}")
+    return f"[{', '.join(sizes)}]" + ("" if kind == "f32" else f" {kind}")
 
 
 def _size(size: Any, node: fx.Node) -> str:
@@ -242,11 +242,12 @@ def _node(
     label: tuple[str, str],
     focus: fx.Node,
     shown: list[fx.Node],
-    leaves: list[float],
 ) -> None:
     what, kind = label
     group = ElementTree.SubElement(
-        root, "g", {"class": f"{kind} focus" if node is focus else kind, "id": f"node-{node.name}"}
+        root,
+        "g",
+        {"class": f"{kind} focus" if node is focus else kind, "id": _plain(f"node-{node.name}")},
     )
     source = source_line(node)
     told = [describe(node), f"{kind}: {CLASSES[kind]}", module_path(node), source]
@@ -257,25 +258,21 @@ def _node(
     _text(group, x, y + 13, kind, "class", "middle")
     users = [user for user in node.users if _drawn(user) or user.op == "output"]
     if any(user not in shown for user in users):
-        bottom = y + _BOX / 2
-        points = f"M{x:.1f},{bottom:.1f}V{bottom + 26:.1f}"
+        points = f"M{x:.1f},{y + _BOX / 2 + _SHAPE:.1f}v12"
         ElementTree.SubElement(group, "path", {"class": "line stub", "d": points})
     missing = [n for n in node.all_input_nodes if _drawn(n) and n not in shown]
     if missing:
-        points = f"M{x - width / 4:.1f},{y - _BOX / 2 - 24:.1f}V{y - _BOX / 2:.1f}"
+        points = f"M{x - width / 4:.1f},{y - _BOX / 2 - 18:.1f}V{y - _BOX / 2:.1f}"
         ElementTree.SubElement(group, "path", {"class": "line stub", "d": points})
-    # Beside the lines, on the side that they leave free.
-    left = bool(leaves) and min(leaves) >= x - 1 and max(leaves) > x + 4
-    at = x - 6 if left else x + 6
-    _text(group, at, y + _BOX / 2 + 15, _shape(node), "shape", "end" if left else "start")
+    _text(group, x, y + _BOX / 2 + 16, _shape(node), "shape", "middle")
 
 
 def _line(
     root: ElementTree.Element, points: list[tuple[float, float]], edge: tuple[fx.Node, fx.Node]
 ) -> None:
-    """A line from the lower edge of one box to the upper edge of another, bent softly."""
+    """A line from the shape below one box to the upper edge of another, bent softly."""
     (x, y), end = points[0], points[-1]
-    y += _BOX / 2
+    y += _BOX / 2 + _SHAPE
     path = f"M{x:.1f},{y:.1f}"
     for i, (next_x, next_y) in enumerate(points[1:], 1):
         stop = next_y - (_BOX / 2 + 6 if i == len(points) - 1 else 0)

@@ -261,7 +261,8 @@ def _all_tensors(held: Mapping[Any, Any]) -> bool:
 def _construct(arch: str, arch_config: str | PathLike[str] | Mapping[str, Any] | None) -> nn.Module:
     """Imports ``module:Class`` and calls it with the config's entries."""
     name, colon, attributes = arch.partition(":")
-    if not (name and colon and attributes):
+    words = [*name.split("."), *attributes.split(".")]
+    if not colon or not all(word.isidentifier() for word in words):
         raise ValueError(f"--arch {arch!r}: expected module:Class, as in my_model:Decoder")
     config = _arch_config(arch_config)
     # A console script does not see the working directory; last, so that it shadows nothing.
@@ -271,7 +272,7 @@ def _construct(arch: str, arch_config: str | PathLike[str] | Mapping[str, Any] |
         sys.path.append(here)
     try:
         found: Any = importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # the module is the user's, and raises what it likes
         raise ValueError(
             f"--arch {arch!r}: cannot import {name!r}: {one_line(error)}; run it from the folder "
             "that holds the module, or put that on PYTHONPATH"
