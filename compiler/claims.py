@@ -73,14 +73,17 @@ def _check_graph(graph: fx.Graph) -> None:
 
 
 def _check_arguments(node: fx.Node) -> None:
-    """An operator takes a number for a tensor, which the passes do not."""
-    for schema, given in zip(node.target._schema.arguments, node.args, strict=False):  # type: ignore[union-attr]
-        value = given.meta["val"] if isinstance(given, fx.Node) else given
-        if isinstance(schema.type, torch.TensorType) and not isinstance(value, Tensor):
-            raise ValueError(
-                f"damaged: {describe(node)} is given {ascii(given)[:40]} as its {schema.name}, "
-                "where a tensor belongs"
-            )
+    """torch takes a number for the tensor that an operation is on, and the passes do not."""
+    schemas = node.target._schema.arguments  # type: ignore[union-attr]
+    first = node.args[0] if node.args else None
+    value = first.meta["val"] if isinstance(first, fx.Node) else first
+    if schemas and node.args and isinstance(schemas[0].type, torch.TensorType):
+        if isinstance(value, Tensor):
+            return
+        raise ValueError(
+            f"damaged: {describe(node)} is given {ascii(first)[:40]} as its {schemas[0].name}, "
+            "where a tensor belongs"
+        )
 
 
 def _same(made: Any, claimed: Any) -> bool:

@@ -77,7 +77,7 @@ def test_a_graph_that_lies_about_its_values(
     entries = dict(clean)
     edit(entries, PROGRAM, change)
     path = write_entries(entries, tmp_path / "model.pt2")
-    with pytest.raises(ValueError, match="damaged|cannot read") as refused:
+    with pytest.raises(ValueError, match=r"damaged|cannot read") as refused:
         load(path)
     message = str(refused.value)
     assert words in message or "cannot read" in message
