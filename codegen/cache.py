@@ -143,8 +143,11 @@ def remove(gone: Iterable[Entry]) -> int:
     freed = 0
     for entry in gone:
         for file in entry.files:
-            size = file.stat().st_size
-            file.unlink()
+            try:
+                size = file.stat().st_size
+                file.unlink()
+            except FileNotFoundError:  # another process was faster
+                continue
             freed += size
         for folder in (entry.path, *entry.path.parents):
             if folder == root() or (folder.is_dir() and any(folder.iterdir())):

@@ -145,7 +145,9 @@ def _run(arguments: list[str] | None) -> int:
         return end.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         click.echo(err=True)  # what follows does not stand behind the terminal's ^C
-        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+        # An interrupted question hides what interrupted it.
+        ended = isinstance(error, Terminated) or isinstance(error.__context__, Terminated)
+        return TERMINATED if ended else INTERRUPTED
     except BrokenPipeError:
         # Whoever read has had enough; what is left in the buffer has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -176,6 +176,11 @@ def open_engine(path: str | Path, kernels: str | None = None) -> Engine:
     Raises:
         FileNotFoundError, ValueError: as `read`.
     """
+    return open_compiled(path, kernels).engine()
+
+
+def open_compiled(path: str | Path, kernels: str | None = None) -> Compiled:
+    """The compiled model kept in the folder `path`; see `open_engine`."""
     from .pipeline import build_captured
 
     package = read(path)
@@ -192,7 +197,7 @@ def open_engine(path: str | Path, kernels: str | None = None) -> Engine:
             f"{path}: memcompile {_own_version()} finds other attentions in it than memcompile "
             f"{package.version}, which wrote it; compile the model again"
         )
-    return compiled.engine()
+    return compiled
 
 
 def _fill(folder: Path, compiled: Compiled, source: Path | None) -> None:

@@ -98,7 +98,9 @@ class EngineModel:
         Args:
             attention_mask: ``[B, held + n]``, 0 in columns before a row's first token, else 1.
             position_ids: have to be those that the engine counts; checked where they are on a CPU.
-            memory_read: "dense" or "policy"; None: dense into an empty cache, else the policy.
+            memory_read: "dense" or "policy"; "prompt": dense, apart from the last
+                ``logits_to_keep - 1`` tokens, which are an assistant's guesses at what follows
+                the prompt; None: dense into an empty cache, else the policy.
 
         Returns:
             transformers' ``CausalLMOutputWithPast``. Logits of padding are 0.
@@ -140,6 +142,12 @@ class EngineModel:
         if not cache.engine.like(self._engine):
             raise ValueError("past_key_values was made by a model of another compilation")
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(
+            f"a compiled {type(self).__name__} has no weights: save the model that was compiled, or let the "
+            "command `memcompile MODEL` write a folder"
+        )
+
     # --- where transformers' generate asks its model ---
 
     def prepare_inputs_for_generation(
@@ -154,7 +162,7 @@ class EngineModel:
         for name in ("tokenizer", "assistant_tokenizer"):  # meant for the stopping criteria
             inputs.pop(name, None)
         if is_first_iteration:
-            inputs["memory_read"] = "dense"
+            inputs["memory_read"] = "prompt"
         return inputs
 
     def _validate_generation_mode(self, mode: Any, config: Any, options: Any) -> None:
@@ -234,26 +242,28 @@ class _Call:
 
     def run(self, read: str | None, keep: int | Tensor) -> Tensor:
         self.engine.admit(self.tokens, self.lengths)  # before anything is read: all or nothing
-        dense = read == "dense" or (read is None and self.first)
         n = self.tokens.shape[1]
         tokens = self.tokens
         if any(self.skipped):  # the engine pads on the right
             at = torch.arange(n, device=tokens.device) + self._shift(tokens.device)
             tokens = tokens.gather(1, at.clamp(max=n - 1))
-        only = keep if isinstance(keep, int) and 0 < keep <= n else n
+        some = isinstance(keep, int) and 0 < keep <= n
+        only = int(keep) if some else n
+        rows, lengths = None, self.lengths
         if self.first:
-            rows, tokens, lengths = _distinct(tokens, self.lengths)
-        else:
-            rows, lengths = None, self.lengths
-        if not dense:
-            logits = self.engine(tokens, lengths)
+            rows, tokens, lengths = _distinct(tokens, lengths)
+        engine = self.engine
+        if read == "policy" or (read is None and not self.first):
+            logits = engine(tokens, lengths)
         elif only == 1:
-            logits = self.engine.prefill(tokens, lengths)
-        elif only < n and not any(self.skipped):
-            self.engine.prefill(tokens[:, :-only])
-            logits = self.engine.prefill(tokens[:, -only:], all_logits=True)
+            logits = engine.prefill(tokens, lengths)
+        elif some and not any(self.skipped):
+            last = engine.prefill(tokens[:, : n - only + 1])
+            rest = tokens[:, n - only + 1 :]
+            behind = engine(rest) if read == "prompt" else engine.prefill(rest, all_logits=True)
+            logits = torch.cat([last, behind], 1)
         else:
-            logits = self.engine.prefill(tokens, lengths, all_logits=True)
+            logits = engine.prefill(tokens, lengths, all_logits=True)
         if rows is not None:
             self.engine.select(rows)
             logits = logits[torch.tensor(rows, device=logits.device)]
@@ -316,8 +326,8 @@ def _distinct(tokens: Tensor, lengths: list[int]) -> tuple[list[int] | None, Ten
 
 @functools.cache
 def _kind(origin: Any) -> Any:
-    name = f"Compiled{origin.__name__}"
-    return type(name, (EngineModel, origin), {"__module__": __name__})
+    # Its name is the class's own: transformers' pipelines look models up by it.
+    return type(origin.__name__, (EngineModel, origin), {"__module__": __name__})
 
 
 def bridge(engine: Engine, origin: Origin | None) -> Any:

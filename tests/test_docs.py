@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,10 +103,15 @@ def test_make_targets_in_the_documents_exist() -> None:
 def test_every_option_of_the_command_line_is_documented() -> None:
     from memcompile.compiler.cli import commands
 
+    def every(command: click.Command) -> list[click.Command]:
+        if not isinstance(command, click.Group):
+            return [command]
+        return [found for own in command.commands.values() for found in every(own)]
+
     text = (ROOT / "docs/cli.md").read_text()
     missing = [
         flag
-        for command in commands.commands.values()
+        for command in every(commands)
         for parameter in command.params
         for flag in parameter.opts
         if flag.startswith("--") and flag not in text

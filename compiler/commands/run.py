@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import settings
 from ..arguments import BadInput, parse_ids
-from ..progress import doing
+from ..progress import doing, note
 from . import options
 from .files import end_tokens, read_stdin, read_text, tokenizer
 from .output import show_json
@@ -76,7 +77,7 @@ def run(
     comes, the figures to stderr.
     """
     from ...runtime.sampling import Sampling
-    from ..package import manifest_path, open_engine
+    from ..package import manifest_path, open_compiled
 
     drawn = {name: value for name, value in sampling.items() if value is not None}
     Sampling.of(**drawn)  # before anything slow
@@ -92,7 +93,11 @@ def run(
     if not tokens:
         raise BadInput("run: the prompt holds no token")
     with doing("read"):
-        engine = open_engine(folder, kernels=kernels)
+        compiled = open_compiled(folder, kernels=kernels)
+    engine = compiled.engine()
+    if settings.kernels(kernels) != "off":
+        for reason in compiled.report.lowered.references:
+            note(f"not generated: {reason}")
     if ends is None:
         # What lies beside a model may name tokens that this one does not have.
         ends = [end for end in end_tokens(folder, words) if end < engine.vocabulary]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +145,27 @@ def test_an_interrupt_is_code_130(say: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("memcompile.codegen.cache.entries", interrupted)
     said = say("cache", "show")
     assert (said.code, said.out, said.err) == (130, "", "\n")
+
+
+def test_sigterm_at_a_question_is_code_143(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def readline(self, size: int = -1, /) -> str:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)  # the signal is on its way
+            return "y"
+
+    kept = tmp_path / "tuned" / "cuda_90" / "attend.json"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    monkeypatch.setenv("MEMCOMPILE_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    said = say("cache", "clear")
+    assert said.code == 143 and kept.exists() and "Traceback" not in said.err
 
 
 def test_the_command_line_runs_beside_the_main_thread(say: Any) -> None:

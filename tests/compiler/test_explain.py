@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from archive_payloads import Decoder
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -74,6 +75,28 @@ def test_compile_takes_a_path_and_gives_an_engine(network: Path) -> None:
     engine = memcompile.compile(network, policy="scout", **OPTIONS)
     tokens, answer = induction.prompt(200, steps=3)
     assert engine.generate(tokens, 3)[:, 200:].tolist() == answer.tolist()
+
+
+@pytest.fixture
+def ahead(tmp_path: Path) -> Path:
+    """A pickled model that nothing can be made of, so that little is compiled."""
+    path = tmp_path / "ahead.pt"
+    torch.save(LooksAhead().eval(), path)
+    return path
+
+
+def test_a_path_is_read_as_the_command_line_reads_it(ahead: Path, tmp_path: Path) -> None:
+    report = memcompile.explain(ahead, trust_pickle=True)
+    assert report.model == "ahead.pt" and report.declined
+    weights = tmp_path / "weights.pt"
+    torch.save(Decoder(scale=0.5).state_dict(), weights)
+    given = {"arch": "archive_payloads:Decoder", "arch_config": {"scale": 0.5}}
+    report = memcompile.explain(weights, policy="dense", **given)
+    assert report.model == "weights.pt"
+    with pytest.raises(ValueError, match="runs code from the file, so it is refused"):
+        memcompile.compile(ahead)
+    with pytest.raises(ValueError, match="say how a path is read; the model given is a LooksAhead"):
+        memcompile.compile(LooksAhead(), trust_pickle=True)
 
 
 @pytest.mark.parametrize("call", [memcompile.compile, memcompile.explain])

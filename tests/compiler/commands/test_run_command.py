@@ -34,7 +34,7 @@ def text_engine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Compile
 def folder(text_engine: tuple[Path, Compiled], monkeypatch: pytest.MonkeyPatch) -> Path:
     """That folder, which need not be opened anew each time."""
     path, compiled = text_engine
-    monkeypatch.setattr(package, "open_engine", lambda given, kernels=None: compiled.engine())
+    monkeypatch.setattr(package, "open_compiled", lambda given, kernels=None: compiled)
     return path
 
 
@@ -109,6 +109,18 @@ def test_streamed_whole_and_json_are_one_text(say: Any, folder: Path) -> None:
     assert bytes(told["ids"]).decode() == told["text"]
     assert (told["prompt_tokens"], told["ended"]) == (len(PROMPT), "length")
     assert told["tokens_per_second"] > 0 and 0 < told["pages_read"] == told["pages_dense"]
+
+
+def test_what_runs_on_references_is_said_unless_kernels_are_off(
+    say: Any, folder: Path, text_engine: tuple[Path, Compiled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered = text_engine[1].report.lowered
+    monkeypatch.setattr(lowered, "references", ["no C++ compiler: install one"])
+    asked = ("run", folder, "--prompt", PROMPT, "--max-new-tokens", 2)
+    for kernels, quiet, told in (("auto", [], 1), ("off", [], 0), ("auto", ["--quiet"], 0)):
+        said = say(*asked, "--kernels", kernels, *quiet)
+        assert said.code == 0
+        assert said.err.count("not generated: no C++ compiler: install one\n") == told
 
 
 def test_ids_are_streamed_too(say: Any, folder: Path) -> None:
@@ -231,8 +243,7 @@ def test_run_refuses_in_one_line(
     arguments: list[str],
     found: str,
 ) -> None:
-    made = text_engine[1].engine()
-    monkeypatch.setattr(package, "open_engine", lambda given, kernels=None: made)
+    monkeypatch.setattr(package, "open_compiled", lambda given, kernels=None: text_engine[1])
     said = say("run", engine_folder, *arguments)
     assert (said.code, said.out) == (2, "")
     assert found in said.err and len(said.err.strip().splitlines()) == 1
@@ -242,7 +253,7 @@ def test_run_refuses_more_tokens_than_the_context_holds_before_it_starts(
     say: Any, network: Path, engine_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = build(network, "dense", max_context=20, check=False, kernels="off")
-    monkeypatch.setattr(package, "open_engine", lambda given, kernels=None: short.engine())
+    monkeypatch.setattr(package, "open_compiled", lambda given, kernels=None: short)
     prompt = ("--ids", "--prompt", " ".join("3" * 12))
     said = say("run", engine_folder, *prompt, "--max-new-tokens", 10)
     assert (said.code, said.out) == (2, "") and "context of 20" in said.err
