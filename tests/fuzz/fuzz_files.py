@@ -13,6 +13,7 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from copy import deepcopy as copy_of
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -52,12 +53,17 @@ def any_place(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
             yield from any_place(value, (*path, key))
 
 
+def stray(random: Random) -> Any:
+    """A value that belongs nowhere; one of its own, for it may be changed in turn."""
+    return copy_of(random.choice(STRAY))
+
+
 def mutate_json(random: Random, data: Any, marker: Path, times: int = 1) -> Any:
     """`data` with some values replaced, dropped, renamed or doubled."""
     for _ in range(times):
         places = list(any_place(data)) if isinstance(data, dict | list) else []
         if not places:
-            return random.choice(STRAY)
+            return stray(random)
         *path, last = random.choice(places)
         holder = data
         for key in path:
@@ -83,7 +89,7 @@ def mutate_json(random: Random, data: Any, marker: Path, times: int = 1) -> Any:
                 except (KeyError, IndexError, TypeError):  # what was changed above it
                     holder[last] = None
             case _:
-                holder[last] = random.choice(STRAY)
+                holder[last] = stray(random)
     return data
 
 
@@ -283,7 +289,7 @@ def transformers(random: Random, zoo: Path, here: Path, marker: Path) -> list[st
             (folder / name).write_bytes(mutate_bytes(random, (folder / name).read_bytes()))
     else:
         other = random.choice(["adapter_config.json", "generation_config.json", "tokenizer.json"])
-        held = random.choice(STRAY)
+        held = stray(random)
         (folder / other).write_text(
             json.dumps({"x": held, "auto_mapping": {"parent_library": "os"}})
         )

@@ -54,9 +54,7 @@ class Worker:
             outcome: dict[str, Any] = json.loads(answer)
             return outcome
         hangs = answer is None
-        if not hangs:
-            process.wait(10)
-        wrong = f"hangs: {_PATIENCE:.0f} s" if hangs else f"killed: {process.returncode}"
+        wrong = f"hangs: {_PATIENCE:.0f} s" if hangs else "the process died"
         self.stop()
         return {"kind": kind, "index": index, "arguments": [], "code": -1, "wrong": [wrong]}
 
