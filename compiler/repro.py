@@ -27,7 +27,6 @@ from .region import (
     Cut,
     Edge,
     Graph,
-    Part,
     cut,
     edge_of,
     is_output,
@@ -507,6 +506,3 @@ def _names(region: Cut, held: dict[fx.Node, _Held]) -> dict[fx.Node, str]:
 
 def _indented(lines: list[str], by: int) -> str:
     return "\n".join(" " * by + line for line in lines)
-
-
-__all__ = ["Part", "script", "write_repro"]

@@ -20,7 +20,6 @@ from memcompile.compiler.pipeline import Compiled, build, normalise, vocabulary
 from memcompile.compiler.region import Graph, cut, sinks
 from memcompile.compiler.repro import _weights, script, write_repro
 from memcompile.models.memory import preset
-from memcompile.models.networks import induction
 from memcompile.models.networks.decoders import DECODERS
 from memcompile.passes.classify_tokens import classify_tokens
 from memcompile.passes.result import Declined
@@ -82,10 +81,9 @@ def test_a_self_check_that_fails_is_among_the_declines_and_reproduced(tmp_path: 
 
 def test_an_attention_by_name_is_rewritten_by_itself(tmp_path: Path) -> None:
     path = tmp_path / "repro.py"
-    model = induction.save(tmp_path / "network")
-    (_, second) = (site.name for site in memcompile.explain(model).sites)
+    model = decoder("CrossLayerKeyValue")
     options = {"budget": 64, "page_size": 8, "sinks": 8, "window": 16, "dense_layers": 1}
-    memcompile.explain(model, repro=path, site=second, **options)
+    memcompile.explain(model, repro=path, site="model.2", **options)
     code, held = run(path)
     # Layer 1 reads through the policy; by itself it is layer 0, and must not be kept dense there.
     assert code == 0 and held["POLICY"] == "scout" and held["OPTIONS"]["dense_layers"] == 0
