@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..evaluation.records import write_whole
 from ..models.memory import Mixture, Policy
@@ -35,11 +35,11 @@ from .region import (
     part,
     sinks,
 )
+from .source_text import Held, literal, weights_of, word_of
 
 _DEPTHS = (6, 16, 48, 1 << 30)
 _MOST_NODES = 4000
 _NAMESPACES = ("aten", "prims", "memcompile")
-_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INFIX = {
     operator.add: "+",
     operator.sub: "-",
@@ -156,7 +156,7 @@ def write_repro(
 
 def _smallest(
     graph: Graph, ends: list[fx.Node], policy: Policy, declined: Declined | None
-) -> tuple[Cut, dict[fx.Node, _Held], bool]:
+) -> tuple[Cut, dict[fx.Node, Held], bool]:
     """The smallest of some regions that shows what the whole does, and whether it does."""
     for depth in _DEPTHS:
         region = cut(graph, ends, depth)
@@ -165,7 +165,7 @@ def _smallest(
                 f"the region around {ends[0].name} has {len(region.nodes)} nodes; a script of at "
                 f"most {_MOST_NODES} is written"
             )
-        held = _weights(region)
+        held = weights_of(region)
         script(region, held, {"preset": "dense"}, declined)  # what cannot be printed is said first
         if _shows(region, held, _policy_of(graph, policy, region, declined), declined):
             return region, held, True
@@ -176,7 +176,7 @@ def _smallest(
 
 def _mismatched(
     graph: Graph, policy: Policy, mismatch: Declined
-) -> tuple[Cut, dict[fx.Node, _Held], bool]:
+) -> tuple[Cut, dict[fx.Node, Held], bool]:
     nodes = {node.name: node for node in graph.module.graph.nodes}
     for site in graph.sites:
         region, held, like = _smallest(graph, [nodes[site.node]], policy, mismatch)
@@ -184,12 +184,12 @@ def _mismatched(
             return region, held, True
     output = next(n for n in reversed(graph.module.graph.nodes) if n.op == "output")
     region = cut(graph, [output.args[0]], 1 << 30)
-    held = _weights(region)
+    held = weights_of(region)
     return region, held, _shows(region, held, _policy_of(graph, policy, region, mismatch), mismatch)
 
 
 def _shows(
-    region: Cut, held: dict[fx.Node, _Held], policy: dict[str, Any], declined: Declined | None
+    region: Cut, held: dict[fx.Node, Held], policy: dict[str, Any], declined: Declined | None
 ) -> bool:
     """Whether the region by itself is declined for the same reason, or rewritten if none is."""
     from .explain import explain
@@ -233,83 +233,8 @@ def _policy_of(
     return options
 
 
-class _Held:
-    """A weight of the script: its text, and the value that the text makes."""
-
-    def __init__(
-        self, text: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
-    ):
-        self.text, self.tensor, self.shape, self.dtype = text, tensor, shape, dtype
-
-    def value(self, generator: torch.Generator) -> Tensor:
-        if self.tensor is not None:
-            return self.tensor
-        if self.dtype.is_floating_point or self.dtype.is_complex:
-            return (0.1 * torch.randn(self.shape, generator=generator)).to(self.dtype)
-        return torch.randint(2, self.shape, generator=generator).to(self.dtype)
-
-
-def _weights(region: Cut) -> dict[fx.Node, _Held]:
-    """Every weight and table of a region. Constants that are a number or a mask are kept as the
-    rule that makes them, for what they say decides what is declined; the others are drawn anew."""
-    held = {}
-    for node in region.edge:
-        width = edge_of(node, region.graph.classified).width
-        held[node] = _random((region.rows, width), node.meta["val"].dtype)
-    for node in region.nodes:
-        if node.op != "get_attr":
-            continue
-        tensor = operator.attrgetter(str(node.target))(region.graph.module)
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{node.name} is a {type(tensor).__name__}, which no script can hold")
-        known = None if is_parameter(node) else _rule(tensor.detach().cpu())
-        held[node] = known or _random(tuple(tensor.shape), tensor.dtype)
-    return held
-
-
-def _random(shape: tuple[int, ...], dtype: torch.dtype) -> _Held:
-    sizes = ", ".join(str(int(size)) for size in shape)
-    kind = "" if dtype is torch.float32 else f"dtype={_literal(dtype)}"
-    return _Held(f"random({', '.join(filter(None, (sizes, kind)))})", None, shape, dtype)
-
-
-def _rule(tensor: Tensor) -> _Held | None:
-    """A constant as an expression: one number, 0 1 2 3 ..., or a function of row minus column."""
-    shape, dtype = tuple(tensor.shape), tensor.dtype
-    if dtype.is_complex or tensor.numel() == 0:
-        return None
-    sizes, kind = list(shape), _literal(dtype)
-    first = tensor.flatten()[0].item()
-    if bool((tensor == first).all()):
-        return _Held(f"torch.full({sizes}, {_literal(first)}, dtype={kind})", tensor, shape, dtype)
-    count = tensor.numel()
-    if not dtype.is_floating_point and torch.equal(tensor.flatten().long(), torch.arange(count)):
-        text = f"torch.arange({count}, dtype={kind}).reshape({sizes})"
-        return _Held(text, tensor, shape, dtype)
-    if len(shape) < 2 or shape[-1] != shape[-2] or count != shape[-1] ** 2:
-        return None
-    square, size = tensor.reshape(shape[-2:]), shape[-1]
-    # The value at row - column = d stands in the first column below the diagonal, in row 0 above.
-    steps = torch.cat([square[0].flip(0), square[1:, 0]])
-    apart = torch.arange(size)[:, None] - torch.arange(size)[None]
-    if not torch.equal(steps[apart + size - 1], square):
-        return None
-    text, runs = f"torch.full(({size}, {size}), {_literal(steps[0].item())}, dtype={kind})", 1
-    lines = [text]
-    for at in range(1, len(steps)):
-        if steps[at] != steps[at - 1]:
-            runs += 1
-            value = _literal(steps[at].item())
-            lines.append(
-                f".where(distance({size}) < {at - size + 1}, torch.tensor({value}, dtype={kind}))"
-            )
-    if runs > 8:
-        return None
-    return _Held("".join(lines) + f".reshape({sizes})", tensor, shape, dtype)
-
-
 def script(
-    region: Cut, held: dict[fx.Node, _Held], policy: dict[str, Any], declined: Declined | None
+    region: Cut, held: dict[fx.Node, Held], policy: dict[str, Any], declined: Declined | None
 ) -> str:
     """The text of the script.
 
@@ -331,7 +256,7 @@ def script(
     options = {key: value for key, value in policy.items() if key != "preset"}
     expected, tail = "None", _REWRITTEN
     if declined is not None:
-        expected = f"({_literal(declined.rule)}, {_literal(_pathless(declined.reason))})"
+        expected = f"({literal(declined.rule)}, {literal(_pathless(declined.reason))})"
         exact = declined.rule != "self_check" and _pathless(declined.reason) == declined.reason
         tail = _DECLINED.format(
             match="(d.rule, d.reason) == EXPECTED" if exact else "d.rule == EXPECTED[0]"
@@ -345,8 +270,8 @@ def script(
         weights=_indented(weights or ["pass"], 8),
         inputs=", ".join(takes),
         body=_indented(body, 8),
-        policy=_literal(policy["preset"]),
-        options=_literal(options),
+        policy=literal(policy["preset"]),
+        options=literal(options),
         expected=expected,
         check=declined is None or declined.rule == "self_check",
         tail=tail,
@@ -367,7 +292,7 @@ def _pathless(text: str) -> str:
     return re.sub(r"(?:[A-Za-z]:)?(?:[/\\][^\s/\\'\":,;]+)+[/\\]", ".../", text)
 
 
-def _held_text(node: fx.Node, weight: _Held) -> str:
+def _held_text(node: fx.Node, weight: Held) -> str:
     plain = weight.tensor is not None or not weight.dtype.is_floating_point
     if node.op == "get_attr" and (plain or not is_parameter(node)):
         return f"nn.Buffer({weight.text})"
@@ -419,13 +344,13 @@ def _spread(edge: Edge) -> str:
 def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
     target: Any = node.target
     given = [_argument(value, names) for value in node.args]
-    given += [f"{_word(name)}={_argument(value, names)}" for name, value in node.kwargs.items()]
+    given += [f"{word_of(name)}={_argument(value, names)}" for name, value in node.kwargs.items()]
     if target is torch.ops.aten.sym_size.int and len(given) == 2:
         return f"{given[0]}.shape[{given[1]}]"
     if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
         name = target._schema.name.split("::")[1]
         space = "aten" if target.namespace == "aten" else f"torch.ops.{target.namespace}"
-        return f"{space}.{_word(name)}.{_word(target._overloadname)}({', '.join(given)})"
+        return f"{space}.{word_of(name)}.{word_of(target._overloadname)}({', '.join(given)})"
     if target is operator.getitem:
         return f"{given[0]}[{given[1]}]"
     if target in _INFIX and len(given) == 2:
@@ -434,9 +359,9 @@ def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
         return f"-{given[0]}"
     name = getattr(target, "__name__", "")
     if name.startswith("sym_") and getattr(torch, name, None) is target:
-        return f"torch.{_word(name)}({', '.join(given)})"
+        return f"torch.{word_of(name)}({', '.join(given)})"
     if getattr(math, name, None) is target:
-        return f"math.{_word(name)}({', '.join(given)})"
+        return f"math.{word_of(name)}({', '.join(given)})"
     raise ValueError(
         f"the region calls {ascii(str(target))[:80]}, which is no operator of torch's own: no "
         "script without your code can show it"
@@ -448,43 +373,10 @@ def _argument(value: Any, names: dict[fx.Node, str]) -> str:
         return f"self.{names[value]}" if value.op == "get_attr" else names[value]
     if isinstance(value, list | tuple) and any(isinstance(part, fx.Node) for part in value):
         return f"[{', '.join(_argument(part, names) for part in value)}]"
-    return _literal(value)
+    return literal(value)
 
 
-def _literal(value: Any) -> str:
-    """A value as source text, by its type; nothing else has a text here."""
-    if value is None or isinstance(value, bool):
-        return repr(value)
-    if type(value) is int:
-        return str(value)
-    if type(value) is float:
-        return repr(value) if math.isfinite(value) else f'float("{value}")'
-    if isinstance(value, str):
-        return ascii(str(value))
-    if isinstance(value, torch.device):
-        return 'torch.device("cpu")'
-    if isinstance(value, torch.dtype | torch.memory_format | torch.layout):
-        return f"torch.{_word(str(value).removeprefix('torch.'))}"
-    if isinstance(value, list | tuple):
-        parts = ", ".join(_literal(part) for part in value)
-        return f"[{parts}]" if isinstance(value, list) else f"({parts},)" if value else "()"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
-    raise ValueError(f"a {type(value).__name__} stands in the region, which no script can hold")
-
-
-def _word(text: str) -> str:
-    """`text`, if it is a plain word.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not _WORD.fullmatch(text):
-        raise ValueError(f"{ascii(text)[:80]} stands in the region where a plain word is expected")
-    return text
-
-
-def _names(region: Cut, held: dict[fx.Node, _Held]) -> dict[fx.Node, str]:
+def _names(region: Cut, held: dict[fx.Node, Held]) -> dict[fx.Node, str]:
     """A name of its own for each node, of plain letters, whatever the graph calls it."""
     inputs = [n for n in region.graph.module.graph.nodes if n.op == "placeholder"]
     names = dict(zip(inputs, ("input_ids", "position_ids"), strict=False))

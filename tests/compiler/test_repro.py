@@ -18,7 +18,8 @@ import memcompile
 from memcompile.compiler.capture import capture
 from memcompile.compiler.pipeline import Compiled, build, normalise, vocabulary
 from memcompile.compiler.region import Graph, cut, sinks
-from memcompile.compiler.repro import _weights, script, write_repro
+from memcompile.compiler.repro import script, write_repro
+from memcompile.compiler.source_text import weights_of
 from memcompile.models.memory import preset
 from memcompile.models.networks.decoders import DECODERS
 from memcompile.passes.classify_tokens import classify_tokens
@@ -141,7 +142,7 @@ def test_hostile_names_inject_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         node.meta["stack_trace"] = f'File "{HOSTILE}", line 3'
     declined = Declined(HOSTILE, HOSTILE, HOSTILE, HOSTILE)
     region = cut(graph, [focus], 1 << 30)
-    text = script(region, _weights(region), {"preset": HOSTILE, HOSTILE: HOSTILE}, declined)
+    text = script(region, weights_of(region), {"preset": HOSTILE, HOSTILE: HOSTILE}, declined)
     tree = ast.parse(text)
     words = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     words |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
