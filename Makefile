@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: setup demo test test-long test-browser test-triton36 lint bench clean
+.PHONY: setup demo test test-long test-browser fuzz test-triton36 lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -43,7 +43,7 @@ test: lint
 # generated kernels.
 test-long: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --timeout 3600 \
-		--long -m long
+		--long -m long --ignore tests/fuzz
 	OMP_NUM_THREADS=1 MEMCOMPILE_KERNELS=required $(BIN)/python -m pytest -q -n $(WORKERS) \
 		--dist worksteal tests/compiler/test_networks.py tests/compiler/test_more_networks.py
 
@@ -59,6 +59,11 @@ test-browser: $(INSTALLED)
 	@$(PIP) selenium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --browser -m browser --pictures docs/pictures \
 		tests/compiler/test_report_browser.py
+
+# Command lines and model files by the thousand, MEMCOMPILE_FUZZ_CASES of them (10000) from
+# MEMCOMPILE_FUZZ_SEED (0), for MEMCOMPILE_FUZZ_SECONDS (3000) at most.
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s --long tests/fuzz
 
 # The oldest triton that templates must compile under, in an environment of its own.
 test-triton36: $(INSTALLED)

@@ -42,6 +42,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("refused") is True:
         raise ValueError(f"{folder}: holds no engine: the model was refused; {PAGE} in it says why")
     expected: dict[str, type | tuple[type, ...]] = {
+        "memcompile": str,
         "model": str,
         "takes_position_ids": bool,
         "policy": dict,

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 
 from ..models.memory import preset_from_json
 from .archive import one_line, read_program, rewrite
+from .claims import check_claims
 from .folder import tokenizer_files
 from .manifest import (
     FORMAT,
@@ -179,6 +180,10 @@ def read(path: str | Path) -> Package:
         chosen = fitted
     program = read_program(folder / PROGRAM)
     _pour(program, folder / WEIGHTS, manifest["weights"])
+    try:
+        check_claims(program)
+    except ValueError as error:
+        raise ValueError(f"{folder / PROGRAM}: {error}") from error
     files = (manifest["files"][name]["sha256"] for name in (PROGRAM, WEIGHTS))
     return Package(
         Captured(program, manifest["takes_position_ids"], manifest["model"]),
