@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import sympy
 import torch
 from torch import fx
 
@@ -61,7 +62,8 @@ def find_cached(module: fx.GraphModule) -> tuple[list[CachedSite], list[Declined
     names: dict[str, int] = {}
     for order, node in enumerate(calls(module.graph, torch.ops.memcompile.attention.default)):
         reason = ""
-        caches = [_appended(node.args[i]) for i in (1, 2)]
+        rows = extent(node.args[0].meta["val"].shape[2])  # type: ignore[union-attr]
+        caches = [_appended(node.args[i], rows) for i in (1, 2)]
         if None in caches:
             reason = "its keys and values are no cache that the graph appends to"
         keys, values = caches
@@ -102,20 +104,21 @@ def _layer(path: str, order: int) -> int:
     return int(number[1]) if number else order
 
 
-def _appended(node: object) -> tuple[str, bool] | None:
-    """The input behind a cache with new rows, and whether the result is a tensor of its own."""
+def _appended(node: object, rows: sympy.Expr) -> tuple[str, bool] | None:
+    """The input behind a cache with `rows` new rows, and whether the result is a tensor of its
+    own."""
     while isinstance(node, fx.Node) and node.target in _SAME_VALUE:
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.op != "call_function" or not node.args:
         return None
     if node.target in _APPENDS:
-        cache, axis = node.args[:2]
+        cache, axis, _, new = node.args
         grows = False
     elif node.target is aten.cat.default:
         parts, axis = (*node.args, 0)[:2]
         if not isinstance(parts, list | tuple) or len(parts) != 2:
             return None
-        cache, grows = parts[0], True
+        (cache, new), grows = parts, True
         # A rolling window keeps only the last rows: what leaves the graph is then a slice.
         if not any(user.op == "output" for user in node.users):
             return None
@@ -123,7 +126,8 @@ def _appended(node: object) -> tuple[str, bool] | None:
         return None
     if not isinstance(cache, fx.Node) or cache.op != "placeholder" or axis not in (2, -2):
         return None
-    return cache.name, grows
+    fits = isinstance(new, fx.Node) and len(extents(new)) == 4 and extents(new)[2] == rows
+    return (cache.name, grows) if fits else None
 
 
 def _unfit(node: fx.Node, keys: tuple[str, bool], values: tuple[str, bool]) -> str:
@@ -157,20 +161,20 @@ def _unreadable(mask: fx.Node) -> str:
     inputs = {node for node in cone if node.op == "placeholder"}
     for node in mask.graph.nodes:
         if node is mask:
-            return ""
-        if changes_something(node) and inputs & {*node.all_input_nodes} and _read_later(node, cone):
-            return "its mask is read from an input after the graph wrote it"
+            break
+        # A view of the input, made before, would show it too.
+        if any(inputs & upstream(written) for written in _written(node)):
+            return "its mask is read from an input that the graph writes before"
     return ""
 
 
-def _read_later(writer: fx.Node, cone: set[fx.Node]) -> bool:
-    """Whether a node of the cone that comes after `writer` reads what it writes."""
-    after = False
-    for node in writer.graph.nodes:
-        if after and node in cone and {*node.all_input_nodes} & {*writer.all_input_nodes}:
-            return True
-        after = after or node is writer
-    return False
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call writes."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    named = zip(node.target._schema.arguments, node.args, strict=False)
+    changed = [given for known, given in named if known.alias_info and known.alias_info.is_write]
+    return [given for given in changed if isinstance(given, fx.Node)]
 
 
 def upstream(node: fx.Node) -> set[fx.Node]:

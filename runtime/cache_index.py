@@ -93,13 +93,15 @@ class CacheIndex:
         """
         if list(start) != self.start or len(start) != self.batch:
             return None
-        pages = self.pages[0]
-        if not pages or any(p != pages for p in self.pages):
+        size, last = self.memory.page_size, [max(p - 1, 0) for p in self.pages]
+        begin = [first + page * size for first, page in zip(start, last, strict=True)]
+        if max(begin) + size > keys.shape[2]:
             return None
-        if max(self.start) + pages * self.memory.page_size > keys.shape[2]:
-            return None
-        found = self._marks(keys, values, start, pages - 1, pages)
-        return (found == self.marks[:, :, pages - 1 : pages]).all()
+        found = self._marks(keys, values, begin, 0, 1)[:, :, 0]
+        at = torch.tensor(last, device=self.device)[:, None, None].expand(-1, self.kv_heads, 1)
+        same = found == self.marks.gather(2, at)[:, :, 0]
+        recorded = torch.tensor(self.pages, device=self.device) > 0
+        return (same | ~recorded[:, None]).all()
 
     def matching_pages(
         self, keys: Tensor, values: Tensor, start: Sequence[int], held: Sequence[int]
@@ -414,6 +416,7 @@ class Indexes:
             candidate, rows, _ = match
             _, memory, aligned = site
             size = memory.page_size
+            before = index.pages if index is not None else []
             in_place = candidate is index and rows == list(range(batch))
             if candidate is None or not any(sure):
                 new = CacheIndex(memory, aligned, *pair)
@@ -423,7 +426,8 @@ class Indexes:
                 new = candidate.moved_to(*pair, rows)
             new.keep(first, [tokens_ // size for tokens_ in sure])
             if index is not None:
-                rebuilt += sum(t // size - s // size for t, s in zip(tokens, sure, strict=True))
+                known = [min(t // size, p) for t, p in zip(tokens, before, strict=True)]
+                rebuilt += sum(p - s // size for p, s in zip(known, sure, strict=True))
             result.append(new)
             self._put(site, new, index)
         return result, rebuilt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .dense import Dense
@@ -59,22 +59,28 @@ def preset(name: str, **options: Any) -> Policy:
     return PRESETS[name](**options)
 
 
-def check_options(name: str, options: Iterable[str], beside: Iterable[str] = ()) -> None:
-    """Refuses options that the preset called `name` does not have.
+def check_options(name: str, options: Mapping[str, Any], beside: Iterable[str] = ()) -> None:
+    """Refuses options that the preset called `name` does not have, and texts that are none.
 
     Args:
         beside: what else whoever was asked takes, for the message.
 
     Raises:
-        ValueError: unknown name or option; the closest and all known ones are named.
+        ValueError: unknown name or option (the closest and all known ones are named), or a value
+            that should be a text.
     """
     known("policy", name, PRESETS)
-    fields = [f.name for f in dataclasses.fields(PRESETS[name])]  # type: ignore[arg-type]
-    for option in options:
+    kind = PRESETS[name]
+    fields = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    types = typing.get_type_hints(kind)
+    for option, value in options.items():
         if option not in fields:
             raise ValueError(
                 f"policy {name!r} has no option {option!r}; {nearest(option, [*fields, *beside])}"
             )
+        # Numbers are checked where their range is.
+        if types[option] is str and not isinstance(value, str):
+            raise ValueError(f"{option} must be a text, got {value!r}")
 
 
 def preset_from_json(data: dict[str, Any]) -> Policy:
