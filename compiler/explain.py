@@ -13,6 +13,7 @@ from ..models.memory import Policy
 from ..passes.classify_tokens import classify_tokens
 from ..passes.result import Declined, NotRewritten
 from .pipeline import Compiled, build
+from .policy_file import check_named
 from .report import Report, bytes_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def explain(
     """
     if site is not None and repro is None and dump_graph is None:
         raise ValueError(f"site={site!r} says where repro= or dump_graph= cut; give one of them")
+    if repro is not None and isinstance(policy, Policy):
+        check_named(policy, "a script", "leave repro= out, or give a policy by its name")
     given: dict[str, Any] = {"strict": False, "check": False, **options}
     if tokens is None and not given["check"]:
         given["kernels"] = "off"  # nothing is run

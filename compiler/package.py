@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from ..models.memory import PRESETS, preset_from_json
+from ..models.memory import preset_from_json
 from .archive import one_line, read_program, rewrite
 from .claims import check_claims
 from .folder import tokenizer_files
@@ -34,7 +34,7 @@ from .manifest import (
     own_version,
     read_manifest,
 )
-from .policy_file import FittedPolicy, read_policy, write_policy
+from .policy_file import FittedPolicy, check_named, read_policy, write_policy
 
 if TYPE_CHECKING:
     from ..models.memory import Preset
@@ -66,11 +66,7 @@ def write(
     out = Path(out)
     if compiled.program is None or compiled.captured is None:
         raise ValueError("nothing was rewritten, so there is no engine to write; see its declines")
-    if compiled.preset.preset not in PRESETS:
-        raise ValueError(
-            f"policy {compiled.preset.preset!r} is a class of your own, which a folder cannot "
-            f"hold; known: {', '.join(PRESETS)}. Compile the model where it is used instead"
-        )
+    check_named(compiled.preset, "a folder", "compile the model where it is used")
     _place(out, force, lambda folder: _fill(folder, compiled, source))
     return out
 

@@ -209,6 +209,24 @@ def _check_own(policy: Policy) -> None:
         )
 
 
+def check_named(policy: Policy, what: str, instead: str) -> None:
+    """Refuses a policy that its JSON does not tell: a class of a user's own, or a mixture of some.
+
+    Args:
+        what, instead: what cannot hold it, and what to do.
+
+    Raises:
+        ValueError: it is one.
+    """
+    try:
+        preset_from_json(policy.to_json())
+    except ValueError as error:
+        raise ValueError(
+            f"policy {policy.preset!r} is of a class of your own, which {what} cannot hold "
+            f"({error}); {instead}"
+        ) from None
+
+
 def _instead(policy: object) -> str:
     """What was given in a policy's place, and how it becomes one."""
     if isinstance(policy, Memory):

@@ -15,7 +15,7 @@ import memcompile
 from memcompile.compiler.package import write
 from memcompile.compiler.pipeline import OPTIONS, build
 from memcompile.compiler.policy_file import choose, policy_name
-from memcompile.models.memory import Policy, Scout
+from memcompile.models.memory import Mixture, Policy, Scout
 from memcompile.models.memory.spec import (
     Index,
     Memory,
@@ -145,8 +145,13 @@ def test_a_policy_that_gives_no_memory_is_refused(given):
         memcompile.compile(Decoder(0), policy=Answers(given), kernels="off")
 
 
-def test_a_folder_does_not_hold_a_class(tmp_path: Path):
-    compiled = build(Decoder(0), Narrowing(budget=48), kernels="off", check=False)
-    with pytest.raises(ValueError, match="'narrowing' is a class of your own, which a folder can"):
+@pytest.mark.parametrize(
+    "policy", [Narrowing(budget=48), Mixture(default=Narrowing(budget=48))], ids=["own", "mixture"]
+)
+def test_a_folder_or_a_script_does_not_hold_a_class(policy, tmp_path: Path):
+    compiled = build(Decoder(0), policy, kernels="off", check=False)
+    with pytest.raises(ValueError, match="is of a class of your own, which a folder cannot hold"):
         write(tmp_path / "out", compiled)
+    with pytest.raises(ValueError, match=r"a script cannot hold .*unknown policy 'narrowing'"):
+        memcompile.explain(Decoder(0), policy=policy, repro=tmp_path / "declined.py")
     assert not [*tmp_path.iterdir()]
