@@ -64,8 +64,8 @@ def interact(chat: Chat) -> None:
         said = line.rstrip("\n")
         if said == "/fork":
             branches.append(branches[-1].fork())
-        elif said == "/back" and len(branches) > 1:
-            branches.pop()
+        elif said == "/back":
+            branches = branches[:-1] or branches  # the first has nowhere to go back to
         elif said.startswith("# fact:"):
             branches[-1].tell(said)
         elif said:

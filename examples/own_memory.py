@@ -74,8 +74,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=32)
     given = parser.parse_args()
-    print(memcompile.explain(BYTES_SMALL, policy=Funnel()))
-    engine = memcompile.compile(BYTES_SMALL, policy=Funnel(first=128, least=48))
+    policy = Funnel(first=128, least=48)
+    # A policy is data; memcompile.explain(BYTES_SMALL, policy=policy) says more of it.
+    budgets = [policy.memory(layer, 0).budget_pages for layer in range(4)]
+    print(f"{policy}: pages of 8 that a query reads, layer by layer: {budgets}")
+    engine = memcompile.compile(BYTES_SMALL, policy=policy)
     for read in ("dense", "policy"):
         ask(engine, given.prompts, read)
 
