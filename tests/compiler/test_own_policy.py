@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 import memcompile
+from memcompile.compiler import backend
 from memcompile.compiler.package import write
 from memcompile.compiler.pipeline import OPTIONS, build
 from memcompile.compiler.policy_file import choose, policy_name
@@ -94,6 +96,42 @@ def test_explain_and_the_report_name_it():
     report = memcompile.explain(Decoder(0), policy=Narrowing(budget=48))
     assert (report.policy, report.options) == ("narrowing", {"budget": 48})
     assert "narrowing: 6 pages of 8 by box" in str(report)
+
+
+def test_the_backend_takes_a_policy_object(monkeypatch: pytest.MonkeyPatch):
+    def step(query, keys, values, new, at):
+        keys.index_copy_(2, at, new), values.index_copy_(2, at, new)
+        visible = torch.arange(keys.shape[2]) <= at
+        return scaled_dot_product_attention(
+            query, keys, values, attn_mask=visible[None, None, None]
+        )
+
+    torch._dynamo.reset()
+    # Operation by operation: Inductor has tests of its own.
+    monkeypatch.setattr(backend, "_compiled", lambda gm, inputs, patches: gm)
+    query, keys, values, new = (torch.randn(1, 2, n, 8) for n in (1, 64, 64, 1))
+    options = {"policy": Narrowing(budget=32), "kernels": "off"}
+    fast = torch.compile(step, backend="memcompile", options=options)
+    with torch.no_grad():
+        fast(query, keys, values, new, torch.tensor([60]))
+    report = memcompile.graphs()[-1]
+    assert (report.policy, report.options["budget"], report.rewritten) == ("narrowing", 32, 1)
+    # 4 of the 8 pages that hold 61 tokens, for each of 2 KV heads.
+    assert (report.calls.pages_read, report.calls.pages_held) == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"policy": Narrowing}, "got the class Narrowing"),
+        ({"policy": Narrowing(), "budget": 8}, "has its fields already"),
+    ],
+)
+def test_the_backend_refuses_what_is_no_policy(options, text):
+    torch._dynamo.reset()
+    fast = torch.compile(Decoder(0), backend="memcompile", options=options)
+    with pytest.raises(Exception, match=text):
+        fast(torch.randint(29, (2, 9)))
 
 
 def test_an_object_of_a_known_policy_is_that_policy():
