@@ -254,13 +254,21 @@ def _leads_to_product(node: Any) -> bool:
             return False
         if node.target in (*_MATMUL, aten.baddbmm.default, aten.einsum.default):
             shape = extents(node)
-            return len(shape) >= 3 and bool(shape[-1].free_symbols)
+            token_sized = bool(shape[-1].free_symbols) or _all_sizes_known(node.graph)
+            return len(shape) >= 3 and token_sized
         if node.target in (aten.where.self, aten.where.ScalarOther):
             node = node.args[1]
             continue
         factor = _factor(node)
         node = factor[0] if factor else (node.args[0] if node.args else None)
     return False
+
+
+def _all_sizes_known(graph: fx.Graph) -> bool:
+    """Whether no input has a symbolic size, so that none can be told for tokens."""
+    fakes = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder"]
+    tensors = [fake for fake in fakes if isinstance(fake, torch.Tensor)]
+    return not any(extent(size).free_symbols for fake in tensors for size in fake.shape)
 
 
 def _take_baddbmm(node: fx.Node, found: _Logits) -> None:

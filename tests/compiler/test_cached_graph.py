@@ -249,6 +249,51 @@ def test_a_cache_that_changes_under_every_call_is_given_up(caplog) -> None:
     assert "reads densely: its caches had changed" in caplog.text
 
 
+def two(q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, at: Tensor, mask: Tensor):
+    """An attention without a cache before one with, one after it, and both are told apart."""
+    before = scaled_dot_product_attention(q, q, q, scale=SCALE)
+    out = static(before, keys, values, k, v, at, mask)
+    return scaled_dot_product_attention(out, q, q, scale=SCALE)
+
+
+def test_attentions_without_a_cache_stay_what_they_were() -> None:
+    fast = compiled(two, "dense")
+    keys, values, q = normal(1, KV, 64, KEY), normal(1, KV, 64, VALUE), normal(1, HEADS, 1, KEY)
+    args = (normal(1, KV, 1, KEY), normal(1, KV, 1, VALUE), torch.tensor([40]), seen(64, [0], [40]))
+    with torch.no_grad():
+        got = fast(q, keys.clone(), values.clone(), *args)
+        expected = two(q, keys.clone(), values.clone(), *args)
+        wide = [x if x.dtype in (torch.int64, torch.bool) else x.double() for x in args]
+        truth = two(q.double(), keys.double(), values.double(), *wide)
+    assert_close_to_float64(got, expected, truth, reduction=64 * KEY)
+    report = reports()[-1]
+    assert (report.attentions, report.rewritten, len(report.declined)) == (3, 1, 2)
+
+
+def spelled_out(q, keys, values, k, v, at, mask):
+    """Attention as matmuls, whose scores are scaled after the mask was added."""
+    keys.index_copy_(2, at, k)
+    values.index_copy_(2, at, v)
+    many = [x.repeat_interleave(HEADS // KV, 1) for x in (keys, values)]
+    scores = (q @ many[0].transpose(2, 3) + mask) * SCALE
+    return scores.softmax(-1) @ many[1]
+
+
+def test_attention_spelled_out_with_a_mask_that_folding_makes() -> None:
+    fast = compiled(spelled_out, "dense")
+    keys, values, q = normal(1, KV, 64, KEY), normal(1, KV, 64, VALUE), normal(1, HEADS, 1, KEY)
+    mask = torch.zeros(1, 1, 1, 64).masked_fill(~seen(64, [0], [40]), -1e9)
+    args = (normal(1, KV, 1, KEY), normal(1, KV, 1, VALUE), torch.tensor([40]), mask)
+    with torch.no_grad():
+        got = fast(q, keys.clone(), values.clone(), *args)
+        expected = spelled_out(q, keys.clone(), values.clone(), *args)
+        wide = [x if x.dtype == torch.int64 else x.double() for x in args]
+        truth = spelled_out(q.double(), keys.double(), values.double(), *wide)
+    assert_close_to_float64(got, expected, truth, reduction=64 * KEY)
+    assert reports()[-1].rewritten == 1, str(reports()[-1])
+    assert reports()[-1].calls.policy == 1
+
+
 # --- what is declined ---
 
 
