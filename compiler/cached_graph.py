@@ -72,7 +72,7 @@ def find(normal: fx.GraphModule) -> Found:
     """The attentions of a graph in normal form."""
     folded = _copy(normal)
     with torch.no_grad():
-        count = fold_attention(folded).applied
+        count = fold_attention(folded, fixed=True).applied
         undo_repeat_kv(folded)
     cached, declined = find_cached(folded)
     return Found(normal, count, cached, declined)
@@ -113,7 +113,7 @@ def cached_run(
     def read(aligned: bool) -> Callable[..., Any]:
         module = _copy(normal)
         with torch.no_grad():
-            fold_attention(module, {site.folds for site in found.cached})
+            fold_attention(module, {site.folds for site in found.cached}, fixed=True)
             undo_repeat_kv(module)
             made = read_cached(module, found.cached, memories, aligned)
         told = (
@@ -160,7 +160,7 @@ def _plans(
 ) -> tuple[list[SitePlan], list[GroupPlan], list[str]]:
     folded = _copy(found.normal)
     with torch.no_grad():
-        fold_attention(folded)
+        fold_attention(folded, fixed=True)
         undo_repeat_kv(folded)
     groups = group_sites(folded, found.cached, memories)
     inputs = [n.name for n in folded.graph.nodes if n.op == "placeholder"]

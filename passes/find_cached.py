@@ -120,7 +120,7 @@ def find_cached(module: fx.GraphModule) -> tuple[list[CachedSite], list[Declined
                 keys.grows,
                 mask.name if mask else None,
                 (keys.node.name, values.node.name),
-                tuple(place.name for place in places),  # type: ignore[union-attr]
+                tuple(place.name for place in places if isinstance(place, fx.Node)),
             )
         )
     return found, declined

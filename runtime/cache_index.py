@@ -81,7 +81,7 @@ class CacheIndex:
     @property
     def offset(self) -> int:
         """Of the keys in their storage."""
-        return self.layout[0]
+        return int(self.layout[0])
 
     def untouched(self, keys: Tensor, values: Tensor, held: Sequence[int], deep: bool) -> bool:
         """Whether nothing is known to have written to the cache since the last call.
@@ -112,19 +112,29 @@ class CacheIndex:
     # --- what still holds ---
 
     def last_page_holds(self, keys: Tensor, values: Tensor, start: Sequence[int]) -> Tensor | None:
-        """A bool: whether the newest page with a mark is as it was; None: it must be looked into.
+        """A bool: whether each row's newest page is as it was; None: it must be looked into.
 
         A tensor, so that many sites can be asked before anything waits for an answer.
         """
+        size = self.memory.page_size
         if list(start) != self.start or len(start) != self.batch:
             return None
-        pages = self.pages[0]
-        if not pages or any(p != pages for p in self.pages):
+        if any(s + p * size > keys.shape[2] for s, p in zip(self.start, self.pages, strict=True)):
             return None
-        if max(self.start) + pages * self.memory.page_size > keys.shape[2]:
-            return None
-        found = self._marks(keys, values, start, pages - 1, pages)
-        return (found == self.marks[:, :, pages - 1 : pages]).all()
+        if len({*start}) == len({*self.pages}) == 1:
+            pages = self.pages[0]
+            found = self._marks(keys, values, start, pages - 1, pages)
+            return (found == self.marks[:, :, pages - 1 : pages]).all()
+        rows = [row for row, pages in enumerate(self.pages) if pages]
+        newest = [self.pages[row] - 1 for row in rows]
+        begin = [self.start[row] + page * size for row, page in zip(rows, newest, strict=True)]
+        keys, values = (
+            torch.stack([x[row, :, at : at + size] for row, at in zip(rows, begin, strict=True)])
+            for x in (keys, values)
+        )
+        found = self._marks(keys, values, [0] * len(rows), 0, 1)[:, :, 0]
+        known = torch.stack([self.marks[r, :, page] for r, page in zip(rows, newest, strict=True)])
+        return (found == known).all()
 
     def matching_pages(
         self, keys: Tensor, values: Tensor, start: Sequence[int], held: Sequence[int]
@@ -457,7 +467,7 @@ class Indexes:
         ):
             candidate, rows, _ = match
             _, memory, aligned = site
-            size = memory.page_size
+            size, known = memory.page_size, [] if index is None else [*index.pages]
             in_place = candidate is index and rows == list(range(batch))
             if candidate is None or not any(sure):
                 new = CacheIndex(memory, aligned, *pair)
@@ -467,7 +477,10 @@ class Indexes:
                 new = candidate.moved_to(*pair, rows)
             new.keep(first, [tokens_ // size for tokens_ in sure])
             if index is not None:
-                rebuilt += sum(t // size - s // size for t, s in zip(tokens, sure, strict=True))
+                rebuilt += sum(
+                    max(0, min(recorded, t // size) - s // size)
+                    for recorded, t, s in zip(known, tokens, sure, strict=False)
+                )
             result.append(new)
             self._put(site, new, index)
         return result, rebuilt
