@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: setup demo test test-long test-triton36 lint bench clean
+.PHONY: setup demo test test-long test-browser fuzz test-triton36 lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -43,9 +43,27 @@ test: lint
 # generated kernels.
 test-long: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --timeout 3600 \
-		--long -m long
+		--long -m long --ignore tests/fuzz
 	OMP_NUM_THREADS=1 MEMCOMPILE_KERNELS=required $(BIN)/python -m pytest -q -n $(WORKERS) \
 		--dist worksteal tests/compiler/test_networks.py tests/compiler/test_more_networks.py
+
+# report.html in headless Chromium, with Debian's packages; the pictures go to docs/pictures.
+BROWSER := chromium chromium-driver
+test-browser: $(INSTALLED)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+		echo "installing $(BROWSER)"; \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y \
+			--no-install-recommends install $(BROWSER); } >/dev/null || { \
+		echo "make test-browser needs chromium and chromedriver, which apt-get could not" \
+			"install; as root: apt-get install $(BROWSER)" >&2; exit 1; }; }
+	@$(PIP) selenium
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --browser -m browser --pictures docs/pictures \
+		tests/compiler/test_report_browser.py
+
+# Command lines and model files by the thousand, MEMCOMPILE_FUZZ_CASES of them (10000) from
+# MEMCOMPILE_FUZZ_SEED (0), for MEMCOMPILE_FUZZ_SECONDS (3000) at most.
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s --long tests/fuzz
 
 # The oldest triton that templates must compile under, in an environment of its own.
 test-triton36: $(INSTALLED)

@@ -61,6 +61,8 @@ def explain(
 
     Args:
         tokens: int64 ``[B, n]`` to run, so that the report can say what was read.
+        options: as for `compile`, and ``repro="FILE.py"``, a script of what was declined;
+            ``dump_graph="FILE.svg"``, a drawing of it; ``site="NAME"``, of that attention instead.
 
     Returns:
         The report; ``print(report)`` shows it as a table.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compiler.graph_report import GraphReport, reports
+from .. import graphs
 from ..models.memory.traffic import bytes_read
 from . import bandwidth
 from .decode import LLAMA, POLICIES, SMALL, Static, baselines, llama, static_cache, weight_bytes
@@ -19,7 +19,7 @@ CONTEXTS = (8192, 32768)
 
 def through_backend(
     model: nn.Module, policy: str, options: dict[str, Any], tokens: int
-) -> tuple[Contender, GraphReport]:
+) -> tuple[Contender, Any]:
     """A step of transformers' own forward, compiled by this backend, and what became of it."""
     config: Any = model.config
     torch._dynamo.reset()
@@ -28,10 +28,10 @@ def through_backend(
     )
     static = Static(forward, static_cache(model, tokens), tokens)
     static.rewind()
-    reports(clear=True)
+    graphs(clear=True)
     static.step()
     static.rewind()
-    (report,) = reports()
+    (report,) = graphs()
     if report.rewritten != config.num_hidden_layers:
         raise RuntimeError(f"of {config.num_hidden_layers} attentions, {report}")
     floor = weight_bytes(model)
@@ -90,7 +90,6 @@ def at_context(
     }
     for name, (contender, report) in mine.items():
         median = timings[contender.name].median
-        assert report.calls is not None
         row[name] = {
             **timings[contender.name].to_json(),
             "tokens_a_second": 1 / median,

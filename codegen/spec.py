@@ -83,7 +83,6 @@ class KernelSpec:
     group: int = 1
     page_size: int = 1
     span: int = 1
-    by_slot: bool = False
     pages: str = "all"
     bias: bool = False
     softcap: bool = False
@@ -101,6 +100,7 @@ class KernelSpec:
     delta: bool = False
     normalised: bool = False
     backward: bool = False
+    by_slot: bool = False
 
     def __post_init__(self) -> None:
         known("operation", self.op, OPS)
@@ -131,6 +131,11 @@ class KernelSpec:
         if self.shared_kv and self.value_dim > self.key_dim:
             raise NotCovered(
                 f"{self.op}: values of {self.value_dim} cannot be part of keys of {self.key_dim}"
+            )
+        if self.by_slot and (self.op != "attend" or self.bias or self.summaries):
+            raise NotCovered(
+                f"{self.op}: pages that begin at every slot are read by attend alone, and have "
+                "neither a bias nor records of the same number"
             )
         if self.delta and self.normalised:
             raise NotCovered(f"{self.op}: a delta-rule state has no normaliser; give norm None")

@@ -72,7 +72,8 @@ def memcompile(
         return _finish(report, dense())
     found = _find(gm, report)
     if found is None or not found.cached:
-        report.kind = "cacheless" if report.attentions else "no attention"
+        if not report.kind:
+            report.kind = "cacheless" if report.attentions else "no attention"
         return _finish(report, dense())
     report.kind = "cached"
     memories = {}
@@ -149,7 +150,8 @@ def _find(gm: fx.GraphModule, report: GraphReport) -> Found | None:
         normal = normal_form(gm)
     except DataDependentOutputException as reason:
         report.attentions = _count(gm)
-        report.notes.append(f"the graph was not looked into: {reason}")
+        report.kind = "hidden"
+        report.notes.append(" ".join(str(reason).split("Original traceback")[0].split()))
         return None
     if normal is None:
         report.attentions = _count(gm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..passes.exact import HIDDEN_LOGIT
 from ..passes.find_cached import CachedSite, find_cached, upstream
 from ..passes.fold_attention import fold_attention
 from ..passes.read_cached import group_sites, read_cached
-from ..passes.result import Declined
+from ..passes.result import Declined, PassResult
 from ..passes.undo_repeat_kv import undo_repeat_kv
 from ..runtime.cache_index import Indexes
 from ..runtime.cached_run import CachedRun, GroupPlan, SitePlan
@@ -33,12 +33,14 @@ class Found:
 
     Attributes:
         normal: the graph in ATen operations, nothing folded.
+        folded: the same, every attention one node.
         attentions: how many there are.
         cached: those over a cache that the graph appends to.
-        declined: what stopped the others, where the graph appends to a cache at all.
+        declined: what stopped the others, and softmax that is no attention.
     """
 
     normal: fx.GraphModule
+    folded: fx.GraphModule
     attentions: int
     cached: list[CachedSite]
     declined: list[Declined]
@@ -70,12 +72,21 @@ def normal_form(gm: fx.GraphModule) -> fx.GraphModule | None:
 
 def find(normal: fx.GraphModule) -> Found:
     """The attentions of a graph in normal form."""
-    folded = _copy(normal)
-    with torch.no_grad():
-        count = fold_attention(folded, fixed=True).applied
-        undo_repeat_kv(folded)
+    folded, result = _folded(normal)
     cached, declined = find_cached(folded)
-    return Found(normal, count, cached, declined)
+    return Found(normal, folded, result.applied, cached, [*result.declined, *declined])
+
+
+def _folded(
+    normal: fx.GraphModule, only: Collection[str] | None = None
+) -> tuple[fx.GraphModule, PassResult]:
+    """A copy whose attentions are one node each, those that begin at the calls named in `only`, and
+    what came of folding them."""
+    module = fx.GraphModule(normal, copy.deepcopy(normal.graph))
+    with torch.no_grad():
+        result = fold_attention(module, only)
+        undo_repeat_kv(module)
+    return module, result
 
 
 def unserved(memory: Memory) -> str:
@@ -111,10 +122,9 @@ def cached_run(
     windows = [m.window_pages * m.page_size for m in memories.values() if m.fields]
 
     def read(aligned: bool) -> Callable[..., Any]:
-        module = _copy(normal)
+        # Other attentions stay what they were: nothing is faster on them.
+        module, _ = _folded(normal, {site.folds for site in found.cached})
         with torch.no_grad():
-            fold_attention(module, {site.folds for site in found.cached}, fixed=True)
-            undo_repeat_kv(module)
             made = read_cached(module, found.cached, memories, aligned)
         told = (
             Lowered() if lowered.kernels else lowered
@@ -135,7 +145,7 @@ def cached_run(
         groups,
         read,
         dense,
-        _looker(normal, names),
+        _looker(found.folded, names),
         indexes,
         # Pages that fill during a call have no record yet: they must lie in every row's window.
         min([decode_tokens, *(1 + window for window in windows)]),
@@ -158,10 +168,7 @@ def likely_aligned(found: Found, memories: dict[str, Memory]) -> bool:
 def _plans(
     found: Found, memories: dict[str, Memory]
 ) -> tuple[list[SitePlan], list[GroupPlan], list[str]]:
-    folded = _copy(found.normal)
-    with torch.no_grad():
-        fold_attention(folded, fixed=True)
-        undo_repeat_kv(folded)
+    folded = found.folded
     groups = group_sites(folded, found.cached, memories)
     inputs = [n.name for n in folded.graph.nodes if n.op == "placeholder"]
     output = next(n for n in reversed(folded.graph.nodes) if n.op == "output")
@@ -199,23 +206,23 @@ def _plans(
     return sites, plans, names
 
 
-def _looker(normal: fx.GraphModule, names: Sequence[str]) -> Callable[..., Any] | None:
+def _looker(folded: fx.GraphModule, names: Sequence[str]) -> Callable[..., Any] | None:
     """A function from a graph's arguments to the values of some of its nodes."""
     if not names:
         return None
-    nodes = {n.name: n for n in normal.graph.nodes}
-    inputs = [n for n in normal.graph.nodes if n.op == "placeholder"]
+    nodes = {n.name: n for n in folded.graph.nodes}
+    inputs = [n for n in folded.graph.nodes if n.op == "placeholder"]
     if all(nodes[name].op == "placeholder" for name in names):
         places = [inputs.index(nodes[name]) for name in names]
         return lambda *args: [args[place] for place in places]
     cone = {node for name in names for node in upstream(nodes[name])}
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    for node in normal.graph.nodes:
+    for node in folded.graph.nodes:
         if node.op == "placeholder" or node in cone:
             copied[node] = graph.node_copy(node, lambda n: copied[n])
     graph.output([copied[nodes[name]] for name in names])
-    module = fx.GraphModule(normal, graph)
+    module = fx.GraphModule(folded, graph)
 
     def look(*args: Any) -> Any:
         with torch.no_grad():
@@ -226,18 +233,14 @@ def _looker(normal: fx.GraphModule, names: Sequence[str]) -> Callable[..., Any] 
 
 def _stream_weights(module: fx.GraphModule, kernels: str, lowered: Lowered) -> None:
     """Lets linear layers with 16-bit weights read them as they lie, at few rows."""
-    device = next(_tensors(module)).device
     layers = [n for n in module.graph.nodes if _is_streamed(n)]
-    if device.type != "cpu" or not layers:
+    if not layers:
         return
-    holder = torch.nn.Module()
-    holder.register_parameter("w", torch.nn.Parameter(torch.empty(1, dtype=torch.bfloat16)))
-    linear, untold = load_linear([holder], device, kernels)  # type: ignore[list-item]
+    linear, untold = load_linear(next(_tensors(module)).device, kernels)
+    if untold:
+        lowered.references.append(f"linear layers are torch's own: {untold}")
+        warnings.warn(lowered.references[-1], stacklevel=2)
     if linear is None:
-        reason = f"linear layers are torch's own: {untold}"
-        if reason not in lowered.references:
-            lowered.references.append(reason)
-            warnings.warn(reason, stacklevel=2)
         return
     for node in layers:
         node.target, node.args = linear, (*node.args, None)[:3]
@@ -257,7 +260,3 @@ def _tensors(module: fx.GraphModule) -> Any:
     for node in module.graph.nodes:
         if node.op == "placeholder" and isinstance(node.meta["val"], Tensor):
             yield node.meta["val"]
-
-
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
-    return fx.GraphModule(module, copy.deepcopy(module.graph))

@@ -20,11 +20,13 @@ from click.shell_completion import CompletionItem, shell_complete
 
 from .. import __version__
 from .arguments import BadInput, nearest_path
+from .commands.bench import bench
 from .commands.build import build
 from .commands.cache import cache
 from .commands.completion import VARIABLE, completion
 from .commands.distill import distill
 from .commands.evaluate import evaluate
+from .commands.explain import explain
 from .commands.inspect import inspect
 from .commands.run import run
 from .commands.suggest import SuggestingGroup, check_word
@@ -43,7 +45,9 @@ from .exit_codes import (
 COMMANDS: tuple[tuple[click.Command, str], ...] = (
     (build, "MODEL [OPTIONS]"),
     (inspect, "inspect MODEL [OPTIONS]"),
+    (explain, "explain MODEL [OPTIONS]"),
     (run, "run DIR [OPTIONS]"),
+    (bench, "bench DIR [OPTIONS]"),
     (evaluate, "eval MODEL_OR_DIR [OPTIONS]"),
     (distill, "distill MODEL --data FILE"),
     (cache, "cache show|clear"),
@@ -154,9 +158,9 @@ def _run(arguments: list[str] | None) -> int:
         click.echo(error.format_message(), err=True)
         return BAD_INPUT
     except click.ClickException as error:
-        return _fail(error.format_message(), BAD_INPUT)
+        return _fail(_one_line(error.format_message()), BAD_INPUT)
     except BadInput as error:
-        return _fail(str(error), BAD_INPUT)
+        return _fail(_one_line(error), BAD_INPUT)
     except Exception as error:
         from ..evaluation.protocol import ReadTooMuch
         from ..passes.result import NotRewritten
@@ -167,12 +171,16 @@ def _run(arguments: list[str] | None) -> int:
             return _fail(str(error), READ_TOO_MUCH)
         if _is_bad_input(error):
             return _fail(_one_line(error), BAD_INPUT)
+        if _out_of_memory(error):
+            return _fail(f"not enough memory for this: {_one_line(error)}", BAD_INPUT)
         traceback.print_exc()
         return _fail(f"internal error: {type(error).__name__}", INTERNAL)
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"memcompile: {message}", err=True)
+    # What a file or a line holds may be quoted in it, and must not command a terminal.
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+    click.echo(f"memcompile: {shown}", err=True)
     if _debugging() and code != INTERNAL:
         traceback.print_exc()
     return code
@@ -200,7 +208,14 @@ def _is_bad_input(error: Exception) -> bool:
     return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(home)
 
 
-def _one_line(error: Exception) -> str:
+def _out_of_memory(error: Exception) -> bool:
+    """Whether more memory was asked for than there is; torch has no type of its own for the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _one_line(error: Exception | str) -> str:
     """The text of a refusal; what the system says of a file, without its error number."""
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror[:1].lower() + error.strerror[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ _TOKENIZER_FILES = (
     "generation_config.json",
 )
 _ATTENTIONS = ("eager", "sdpa")
+_COUNT = re.compile(r"(n|num|decoder|encoder)_?(hidden_)?layers?|(n_routed|num|num_local)_experts")
 
 
 def load_folder(folder: Path) -> nn.Module:
@@ -40,6 +42,7 @@ def load_folder(folder: Path) -> nn.Module:
     config = _config(folder)
     safetensors = _refuse_unknown_weights(folder)
     _refuse_code(folder, config)
+    _refuse_counts(folder, config)
     try:
         import transformers
     except ImportError as error:
@@ -164,6 +167,41 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
                 f"{folder}: config.json asks for the attention implementation {name!r}; known are "
                 f"{', '.join(_ATTENTIONS)}; remove the entry"
             )
+
+
+def _refuse_counts(folder: Path, config: dict[str, Any]) -> None:
+    """transformers builds as many layers as it is told, for hours if need be: each has a weight."""
+    held = 0
+    for path in weight_files(folder)[1:]:
+        held += _tensors(path) or path.stat().st_size
+    for key, value in _entries(config):
+        if _COUNT.fullmatch(key) and isinstance(value, int) and value > held:
+            raise ValueError(
+                f"{folder}: config.json says {key}={value}, and the weights hold {held} tensors or "
+                "bytes; check that both are of the same model"
+            )
+
+
+def _tensors(path: Path) -> int:
+    """How many tensors a safetensors file holds; 0 if it is none, or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return len(list(file.keys()))
+    except (SafetensorError, OSError):
+        return 0
+
+
+def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a config with its value, nested ones too."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield key, value
+            yield from _entries(value)
+    elif isinstance(config, list):
+        for item in config:
+            yield from _entries(item)
 
 
 def _attentions(config: Any) -> Iterator[Any]:

@@ -25,7 +25,8 @@ class GraphReport:
     Attributes:
         policy: name or file; `options` with the values of its fields.
         kind: "cached": it reads a cache through the policy; "cacheless": its attentions have no
-            cache and stay dense; "training": it is differentiated and stays dense; "no attention".
+            cache and stay dense; "training": it is differentiated and stays dense; "hidden": it
+            could not be looked into and stays dense; "no attention".
         attentions: how many the graph holds.
         sites, memories: those that read through the policy, and what of a cache they read.
         declined: attentions that stay dense although the graph has no need of gradients.
@@ -64,6 +65,12 @@ class GraphReport:
                 f"{self.attentions} attentions in a graph without a cache stay dense: policy "
                 f"{self.policy!r} has nothing to remember between calls. Give the model a cache "
                 "(past_key_values), or use memcompile.compile(model) for an engine with a memory"
+            )
+        if self.kind == "hidden":
+            return (
+                f"{self.attentions} attentions stay dense: the graph computes with a number that "
+                "only a run knows. With dynamic=True every number of a module is one, an "
+                "attention's scale too: leave dynamic out, sizes that change are found without it"
             )
         if self.kind == "cached":
             left = self.attentions - self.rewritten

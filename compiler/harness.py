@@ -13,7 +13,7 @@ from ..evaluation.protocol import Contender
 from ..models.memory import preset
 from .evaluate import FileTokenizer, package_subject, subject_of
 from .load import load
-from .package import is_package
+from .manifest import is_package
 from .pipeline import build_captured
 from .policy_file import choose, policy_name
 

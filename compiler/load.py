@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -21,6 +22,7 @@ from torch.export import ExportedProgram
 
 from .archive import load_program, one_line, open_zip, read_program
 from .arguments import nearest_path
+from .claims import check_claims
 from .folder import load_folder, tokenizer_folder, weight_files
 from .signature import check_program
 from .sniff import Found, pickled_names, sniff
@@ -149,6 +151,7 @@ def _program(path: Path, trust_pickle: bool) -> ExportedProgram:
             raise ValueError(f"{path}: {error}") from error
     try:
         check_program(program)
+        check_claims(program)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return program
@@ -173,7 +176,7 @@ def _unpickled(path: Path, found: Found, trust_pickle: bool) -> Any:
             if zipfile.is_zipfile(path):
                 with open_zip(path):
                     pass
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return _torch_load(path, weights_only=True)
         except pickle.UnpicklingError as error:
             refusal: Exception = error
         except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
@@ -184,7 +187,7 @@ def _unpickled(path: Path, found: Found, trust_pickle: bool) -> Any:
         raise _refused(path, found)
     try:
         if found.kind == "torch-save":
-            held = torch.load(path, map_location="cpu", weights_only=False)
+            held = _torch_load(path, weights_only=False)
         else:
             with path.open("rb") as stream:
                 held = pickle.load(stream)
@@ -199,6 +202,12 @@ def _unpickled(path: Path, found: Found, trust_pickle: bool) -> Any:
     )
 
 
+def _torch_load(path: Path, *, weights_only: bool) -> Any:
+    # Given a name, torch would go by its suffix.
+    with path.open("rb") as stream:
+        return torch.load(stream, map_location="cpu", weights_only=weights_only)
+
+
 def _refused(path: Path, found: Found) -> ValueError:
     names = ", ".join(_names_inside(path)) or "unknown"
     return ValueError(
@@ -211,7 +220,7 @@ def _refused(path: Path, found: Found) -> ValueError:
 def _names_inside(path: Path) -> list[str]:
     stream: IO[bytes]
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+        with contextlib.suppress(ValueError), open_zip(path) as archive:
             for name in archive.namelist():
                 if name.split("/")[1:] == ["data.pkl"]:
                     with archive.open(name) as stream:
@@ -252,7 +261,8 @@ def _all_tensors(held: Mapping[Any, Any]) -> bool:
 def _construct(arch: str, arch_config: str | PathLike[str] | Mapping[str, Any] | None) -> nn.Module:
     """Imports ``module:Class`` and calls it with the config's entries."""
     name, colon, attributes = arch.partition(":")
-    if not (name and colon and attributes):
+    words = [*name.split("."), *attributes.split(".")]
+    if not colon or not all(word.isidentifier() for word in words):
         raise ValueError(f"--arch {arch!r}: expected module:Class, as in my_model:Decoder")
     config = _arch_config(arch_config)
     # A console script does not see the working directory; last, so that it shadows nothing.
@@ -262,7 +272,7 @@ def _construct(arch: str, arch_config: str | PathLike[str] | Mapping[str, Any] |
         sys.path.append(here)
     try:
         found: Any = importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # the module is the user's, and raises what it likes
         raise ValueError(
             f"--arch {arch!r}: cannot import {name!r}: {one_line(error)}; run it from the folder "
             "that holds the module, or put that on PYTHONPATH"

@@ -56,7 +56,10 @@ def lower(
     traced: dict[str, Traced] = {}
     steps: dict[str, Step] = {}
     with stage(timings, "kernels"):
-        linear, untold = load_linear(graphs.values(), device, kernels)
+        held = (weight for graph in graphs.values() for weight in graph.parameters())
+        linear, untold = None, ""
+        if any(weight.dtype in SIXTEEN for weight in held):
+            linear, untold = load_linear(device, kernels)
     with stage(timings, "trace"):
         for name, graph in graphs.items():
             if names[id(graph)] == name:
@@ -225,12 +228,9 @@ def _streams_weights(node: fx.Node, weights: Mapping[str, Tensor]) -> bool:
     return all(t.is_contiguous() and t.dtype in SIXTEEN for t in tensors)
 
 
-def load_linear(
-    graphs: Iterable[fx.GraphModule], device: torch.device, kernels: str
-) -> tuple[Any, str]:
+def load_linear(device: torch.device, kernels: str) -> tuple[Any, str]:
     """The operator that reads 16-bit weights at memory speed, or None; and why it is missing."""
-    sixteen = any(weight.dtype in SIXTEEN for graph in graphs for weight in graph.parameters())
-    if device.type != "cpu" or not sixteen:
+    if device.type != "cpu":
         return None, ""
     try:
         return codegen.load_linear(), ""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,21 @@ from torch.export import ExportedProgram
 
 from ..models.memory import preset_from_json
 from .archive import one_line, read_program, rewrite
-from .arguments import nearest_path
+from .claims import check_claims
 from .folder import tokenizer_files
+from .manifest import (
+    FORMAT,
+    MANIFEST,
+    PAGE,
+    PROGRAM,
+    REPORT,
+    VERSION,
+    WEIGHTS,
+    facts,
+    is_package,
+    own_version,
+    read_manifest,
+)
 from .policy_file import FittedPolicy, read_policy, write_policy
 
 if TYPE_CHECKING:
@@ -29,16 +41,9 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine
     from .capture import Captured
     from .pipeline import Compiled
+    from .report import Report
 
-FORMAT = "memcompile"
-VERSION = 1
-_MANIFEST, _PROGRAM, _WEIGHTS, _POLICY, _REPORT = (
-    "manifest.json",
-    "program.pt2",
-    "weights.safetensors",
-    "policy.safetensors",
-    "report.json",
-)
+_POLICY = "policy.safetensors"
 
 
 def write(
@@ -61,13 +66,38 @@ def write(
     out = Path(out)
     if compiled.program is None or compiled.captured is None:
         raise ValueError("nothing was rewritten, so there is no engine to write; see its declines")
+    _place(out, force, lambda folder: _fill(folder, compiled, source))
+    return out
+
+
+def write_refusal(out: str | Path, report: Report, *, force: bool = False) -> Path:
+    """Writes the report of a model that was refused, as a folder without an engine.
+
+    Raises:
+        FileExistsError, FileNotFoundError: as `write`.
+    """
+    out = Path(out)
+
+    def fill(folder: Path) -> None:
+        _fill_report(folder, report)
+        files = {file.name: facts(file) for file in sorted(folder.iterdir())}
+        about = {"format": FORMAT, "version": VERSION, "memcompile": own_version()}
+        manifest = {**about, "model": report.model, "refused": True, "files": files}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+    _place(out, force, fill)
+    return out
+
+
+def _place(out: Path, force: bool, fill: Callable[[Path], None]) -> None:
+    """Fills a new folder beside `out` and puts it in its place."""
     check_target(out, force)
     target = out.resolve()
     # Beside the target, so that renaming never crosses file systems.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         new.mkdir()
-        _fill(new, compiled, source)
+        fill(new)
         check_target(out, force)
         try:
             if target.exists():
@@ -78,7 +108,6 @@ def write(
             if old.exists() and not target.exists():
                 old.rename(target)
             raise
-    return out
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -136,22 +165,26 @@ def read(path: str | Path) -> Package:
     from .capture import Captured
 
     folder = Path(path)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     try:
         chosen = preset_from_json(manifest["policy"])
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / _MANIFEST}: damaged: its 'policy': {error}") from error
+        raise ValueError(f"{folder / MANIFEST}: damaged: its 'policy': {error}") from error
     if _POLICY in manifest["files"]:
         fitted = read_policy(folder / _POLICY)
         if fitted.base != chosen:
             raise ValueError(
-                f"{folder / _POLICY}: fitted for {fitted.to_json()}, where {_MANIFEST} says "
+                f"{folder / _POLICY}: fitted for {fitted.to_json()}, where {MANIFEST} says "
                 f"{chosen.to_json()}: damaged"
             )
         chosen = fitted
-    program = read_program(folder / _PROGRAM)
-    _pour(program, folder / _WEIGHTS, manifest["weights"])
-    files = (manifest["files"][name]["sha256"] for name in (_PROGRAM, _WEIGHTS))
+    program = read_program(folder / PROGRAM)
+    _pour(program, folder / WEIGHTS, manifest["weights"])
+    try:
+        check_claims(program)
+    except ValueError as error:
+        raise ValueError(f"{folder / PROGRAM}: {error}") from error
+    files = (manifest["files"][name]["sha256"] for name in (PROGRAM, WEIGHTS))
     return Package(
         Captured(program, manifest["takes_position_ids"], manifest["model"]),
         chosen,
@@ -189,7 +222,7 @@ def open_compiled(path: str | Path, kernels: str | None = None) -> Compiled:
     )
     if [site.to_json() for site in compiled.sites] != package.sites:
         raise ValueError(
-            f"{path}: memcompile {_own_version()} finds other attentions in it than memcompile "
+            f"{path}: memcompile {own_version()} finds other attentions in it than memcompile "
             f"{package.version}, which wrote it; compile the model again"
         )
     return compiled
@@ -200,17 +233,17 @@ def _fill(folder: Path, compiled: Compiled, source: Path | None) -> None:
     assert compiled.program is not None and captured is not None
     weights = {**captured.program.state_dict, **captured.program.constants}
     stored, layout = _pack(weights)
-    _save_tensors(stored, folder / _WEIGHTS)
-    _save_program(captured.program, folder / _PROGRAM)
+    _save_tensors(stored, folder / WEIGHTS)
+    _save_program(captured.program, folder / PROGRAM)
     if isinstance(compiled.preset, FittedPolicy):
         write_policy(folder / _POLICY, compiled.preset)
-    (folder / _REPORT).write_text(json.dumps(compiled.report.to_json(), indent=1) + "\n")
+    _fill_report(folder, compiled.report)
     for file in tokenizer_files(source) if source is not None and source.is_dir() else []:
         shutil.copyfile(file, folder / file.name)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "memcompile": _own_version(),
+        "memcompile": own_version(),
         "torch": torch.__version__,
         "model": captured.name,
         "takes_position_ids": captured.takes_position_ids,
@@ -218,12 +251,16 @@ def _fill(folder: Path, compiled: Compiled, source: Path | None) -> None:
         "max_context": compiled.program.max_context,
         "sites": [site.to_json() for site in compiled.sites],
         "weights": layout,
-        "files": {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            for file in sorted(folder.iterdir())
-        },
+        "files": {file.name: facts(file) for file in sorted(folder.iterdir())},
     }
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _fill_report(folder: Path, report: Report) -> None:
+    from .report_html import render
+
+    (folder / REPORT).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    (folder / PAGE).write_text(render(report, version=own_version()), encoding="utf-8")
 
 
 def _save_program(program: ExportedProgram, path: Path) -> None:
@@ -344,96 +381,3 @@ def _restored(tensor: Tensor, hollow: Tensor, strides: list[int] | None) -> Tens
         tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
     tensor = tensor.to(hollow.device)
     return nn.Parameter(tensor, requires_grad=False) if isinstance(hollow, nn.Parameter) else tensor
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, once every file has been found to be the one it describes."""
-    path = manifest_path(folder)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged JSON: {one_line(error)}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}: not the manifest of a folder that memcompile wrote")
-    if manifest.get("version") != VERSION:
-        raise ValueError(
-            f"{path}: version {manifest.get('version')!r}, written by memcompile "
-            f"{manifest.get('memcompile')}; memcompile {_own_version()} reads version {VERSION}: "
-            "compile the model again, or use that version"
-        )
-    expected: dict[str, type | tuple[type, ...]] = {
-        "model": str,
-        "takes_position_ids": bool,
-        "policy": dict,
-        "max_context": (int, type(None)),
-        "sites": list,
-        "weights": dict,
-        "files": dict,
-    }
-    for key, kind in expected.items():
-        if not isinstance(manifest.get(key), kind) or key not in manifest:
-            raise ValueError(f"{path}: damaged: its {key!r} is {manifest.get(key)!r}")
-    for key in ("aliases", "strides"):
-        if not isinstance(manifest["weights"].get(key), dict):
-            raise ValueError(f"{path}: damaged: its 'weights' lack {key!r}")
-    for name in (_PROGRAM, _WEIGHTS):
-        if name not in manifest["files"]:
-            raise ValueError(f"{path}: damaged: it does not list {name}")
-    for name, facts in manifest["files"].items():
-        _check_file(folder, name, facts)
-    return manifest
-
-
-def _check_file(folder: Path, name: str, facts: Any) -> None:
-    file = folder / name
-    if Path(name).name != name or not isinstance(facts, dict):
-        raise ValueError(f"{folder / _MANIFEST}: damaged: it lists the file {name!r}")
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: missing; {_MANIFEST} lists it")
-    size = file.stat().st_size
-    if size != facts.get("bytes"):
-        raise ValueError(
-            f"{file}: {size} bytes where {_MANIFEST} says {facts.get('bytes')}: cut off or changed"
-        )
-    if _sha256(file) != facts.get("sha256"):
-        raise ValueError(f"{file}: not the file that was written (its sha256 differs)")
-
-
-def manifest_path(folder: Path) -> Path:
-    """The manifest in a folder that memcompile wrote; nothing is read yet.
-
-    Raises:
-        FileNotFoundError: there is none; the message says what is there.
-    """
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else f"nothing there{nearest_path(folder)}"
-        raise FileNotFoundError(f"{folder}: {found}; expected a folder that memcompile wrote")
-    path = folder / _MANIFEST
-    if not path.is_file():
-        names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise FileNotFoundError(
-            f"{folder}: no {_MANIFEST} in it (it holds {names}); expected a folder that memcompile "
-            "wrote"
-        )
-    return path
-
-
-def is_package(folder: Path) -> bool:
-    """Whether memcompile wrote the folder, damaged or not."""
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("memcompile")
-    except importlib.metadata.PackageNotFoundError:
-        return "from a checkout"

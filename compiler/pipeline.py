@@ -107,8 +107,7 @@ def build(
     """
     chosen = choose(policy, options)
     kernels = kernels_setting(kernels)
-    if max_context is not None and (type(max_context) is not int or max_context < 1):
-        raise ValueError(f"max_context is {max_context!r}; give a positive number of tokens")
+    check_context(max_context)
     if isinstance(model, str | os.PathLike):
         from .load import load
 
@@ -154,11 +153,18 @@ def build_captured(
         NotRewritten: with `strict`, when there is no attention, a site's mask is not understood, or
             no step can be derived; every decline is listed with its node and source line.
     """
+    check_context(max_context)
     name = captured.name
     report = _report(name, chosen, max_context)
     timings = report.timings
     with stage(timings, "normalise"):
-        module, declined = normalise(captured.program)
+        try:
+            module, declined = normalise(captured.program)
+        except NotRewritten as refused:
+            if strict:
+                raise
+            report.declined = refused.declined
+            return Compiled(captured, chosen, [], {}, refused.declined, report, None)
     with stage(timings, "find"):
         classified = classify_tokens(module)
         sites, unread = find_sites(module, classified)
@@ -218,7 +224,7 @@ def build_captured(
         limit,
         limited_by,
         max_context,
-        _vocabulary(module, classified),
+        vocabulary(module, classified),
         _device(module),
         captured.origin,
     )
@@ -237,6 +243,22 @@ def build_captured(
     compiled = Compiled(captured, chosen, sites, memories, declined, report, program)
     debug(1, lambda: str(report))
     return compiled
+
+
+def check_context(max_context: int | None) -> None:
+    """Refuses a context that no engine can hold.
+
+    Raises:
+        ValueError: it is no positive whole number, or beyond the positions, which are 32 bit.
+    """
+    if max_context is None:
+        return
+    if type(max_context) is not int or max_context < 1:
+        raise ValueError(f"max_context is {max_context!r}; give a positive number of tokens")
+    if max_context >= 1 << 31:
+        raise ValueError(
+            f"max_context is {max_context}; positions are 32 bit, so give less than {1 << 31}"
+        )
 
 
 def _report(name: str, chosen: Preset, max_context: int | None) -> Report:
@@ -321,7 +343,7 @@ def _refusal(name: str, sites: list[Site]) -> str:
     )
 
 
-def _vocabulary(module: fx.GraphModule, classified: Classified) -> int:
+def vocabulary(module: fx.GraphModule, classified: Classified) -> int:
     """Rows of the table that the tokens index."""
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.embedding.default:

@@ -160,6 +160,11 @@ class Report:
         values["sites"] = [_site(entry) for entry in data["sites"]]
         values["declined"] = [Declined(**entry) for entry in data["declined"]]
         values["lowered"] = Lowered(**data["lowered"])
+        for kernel in values["lowered"].kernels:
+            if not isinstance(kernel, dict) or not isinstance(kernel.get("calls"), dict):
+                raise ValueError(
+                    f"report with a kernel {kernel!r:.60}; expected its calls by graph"
+                )
         return cls(**values)
 
     def table(self) -> Table:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from types import NoneType
 from typing import Any
 
 from .protocol import Contender
@@ -62,6 +63,43 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Row:
+        """Rebuilds a row from `to_json`.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value is of another type.
+        """
+        try:
+            values = {**data}
+            for name in ("value", "difference"):
+                if values[name] is not None:
+                    values[name] = Interval(**values[name])
+            row = cls(**values)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a row of an evaluation: {error}") from error
+        for field in fields(cls):
+            kinds = _KINDS[field.type]
+            value = getattr(row, field.name)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise ValueError(f"not a row of an evaluation: its {field.name!r} is {value!r:.40}")
+        for interval in (row.value, row.difference):
+            for figure in asdict(interval).values() if interval is not None else ():
+                if isinstance(figure, bool) or not isinstance(figure, int | float):
+                    raise ValueError(
+                        f"not a row of an evaluation: an interval holds {figure!r:.40}"
+                    )
+        return row
+
+
+_KINDS: dict[Any, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "float | None": (float, int, NoneType),
+    "Interval | None": (Interval, NoneType),
+}
 
 
 def summarise(

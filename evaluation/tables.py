@@ -40,7 +40,7 @@ def table(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> Group:
 
     labels = _labels([*dict.fromkeys(row.policy for row in rows)])
     shown: list[Table | Text] = []
-    for heads, part in _parts(rows):
+    for heads, part in parts(rows):
         grid = Table(
             title=title,
             title_justify="left",
@@ -62,9 +62,9 @@ def table(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> Group:
             before = place
             # What no claim can be made of stands back.
             style = None if row.claim or row.difference is None else "dim"
-            cells = _cells(row)[3:]
-            cells = (*cells[: -1 - len(_LAYERS)], cells[-1])
-            grid.add_row(f"  {labels[row.policy]}", *cells, style=style)
+            words = cells(row)[3:]
+            words = (*words[: -1 - len(_LAYERS)], words[-1])
+            grid.add_row(f"  {labels[row.policy]}", *words, style=style)
         shown.append(grid)
     named = {row.policy: _named(labels[row.policy], row) for row in rows}
     lines = (*named.values(), *(f"note: {note}" for note in notes), FOOT)
@@ -74,21 +74,22 @@ def table(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> Group:
 def markdown(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> str:
     """The same as a Markdown document."""
     lines = [f"# {title}", ""]
-    for heads, part in _parts(rows):
+    for heads, part in parts(rows):
         lines += [f"| {' | '.join([*heads, 'verdict'])} |", "|---" * (len(heads) + 1) + "|"]
-        lines += [f"| {' | '.join(_cells(row))} |" for row in part] + [""]
+        lines += [f"| {' | '.join(cells(row))} |" for row in part] + [""]
     for note in notes:
         lines += [f"Note: {note}.", ""]
     return "\n".join([*lines, FOOT, ""])
 
 
-def _parts(rows: Sequence[Row]) -> list[tuple[tuple[str, ...], list[Row]]]:
-    """Scores and losses apart: they have other columns."""
-    parts = [
+def parts(rows: Sequence[Row]) -> list[tuple[tuple[str, ...], list[Row]]]:
+    """Scores and losses apart, which have other columns: their heads (`cells` has the verdict
+    behind them), and their rows."""
+    both = [
         (_SCORE, [row for row in rows if row.task != TEXT_LOSS]),
         (_LOSS, [row for row in rows if row.task == TEXT_LOSS]),
     ]
-    return [part for part in parts if part[1]]
+    return [part for part in both if part[1]]
 
 
 def _labels(policies: Sequence[str]) -> dict[str, str]:
@@ -104,11 +105,12 @@ def _named(label: str, row: Row) -> str:
     """A policy's full name, and what it makes of the layers."""
     layers = [f"{row.kept_dense} of {row.sites} layers dense"] if row.kept_dense else []
     layers += [f"{row.stateful} of {row.sites} with a state"] if row.stateful else []
-    parts = [*([row.policy] if row.policy != label else []), *layers]
-    return f"{label}: {'; '.join(parts) or 'no layer dense'}"
+    words = [*([row.policy] if row.policy != label else []), *layers]
+    return f"{label}: {'; '.join(words) or 'no layer dense'}"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row) -> tuple[str, ...]:
+    """A row in words, under the heads that `parts` gives it, and its verdict."""
     loss = row.task == TEXT_LOSS
     factor, places = (1, 3) if loss else (100, 1)
     bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}"

@@ -49,9 +49,7 @@ class _Unmatched(Exception):
         self.declined = Declined(reason, describe(node), "fold_attention", source_line(node))
 
 
-def fold_attention(
-    module: fx.GraphModule, only: Collection[str] | None = None, *, fixed: bool = False
-) -> PassResult:
+def fold_attention(module: fx.GraphModule, only: Collection[str] | None = None) -> PassResult:
     """Rewrite SDPA calls, and matmul - scale - mask - softmax - dropout - matmul, to one node.
 
     The node takes query ``[B, H, n, Dk]``, key ``[B, Hkv, n, Dk]``, value ``[B, Hkv, n, Dv]``, one
@@ -60,11 +58,9 @@ def fold_attention(
 
     Args:
         only: names of the SDPA or softmax calls to fold; None: all.
-        fixed: the graph may hold for one number of tokens only, as Dynamo's do. Then no size tells
-            scores from other products, and a sum of two products is left alone.
     """
     graph, result = module.graph, PassResult(module)
-    sizes = _Sizes(graph, fixed)
+    sizes = _Sizes(graph)
     for node in calls(graph, aten.scaled_dot_product_attention.default):
         if only is None or node.name in only:
             _attempt(result, _fold_sdpa, graph, node, sizes)
@@ -93,8 +89,8 @@ def _attempt(
 class _Sizes:
     """Symbolic batch and token sizes as graph nodes, made once, for the views this pass inserts."""
 
-    def __init__(self, graph: fx.Graph, fixed: bool) -> None:
-        self.graph, self.fixed = graph, fixed
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
         inputs = [n for n in graph.nodes if n.op == "placeholder"]
         # Dynamo's graphs may begin with a size; only three-axis attention asks for tokens [B, n].
         self.tokens = next((n for n in inputs if _is_matrix(n)), inputs[0])
@@ -135,7 +131,6 @@ def _fold_sdpa(graph: fx.Graph, node: fx.Node, sizes: _Sizes) -> None:
 class _Logits:
     """What was found between the scores' matmul and the softmax."""
 
-    fixed: bool = False
     scale: float = 1.0
     softcap: float = 0.0
     masks: list[tuple[str, tuple[Any, ...], float]] = field(default_factory=list)
@@ -148,7 +143,7 @@ def _fold_spelled(graph: fx.Graph, softmax: fx.Node, sizes: _Sizes) -> None:
     axis, rank = softmax.args[1], scores.meta["val"].dim()
     if axis not in (-1, rank - 1) or rank < 3:
         raise _Unmatched("a softmax over another axis than the last is no attention", softmax)
-    found = _Logits(sizes.fixed)
+    found = _Logits()
     _walk_up(scores, found)
     assert found.product is not None
     end, narrowest = _walk_down(softmax)
@@ -195,7 +190,7 @@ def _walk_up(node: fx.Node, found: _Logits) -> None:
             node = scores  # type: ignore[assignment]
         elif target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
             at, (condition, shown, other) = node, node.args
-            if scalar_value(other) is not None or not _leads_to_product(other, found.fixed):
+            if scalar_value(other) is not None or not _leads_to_product(other):
                 _note_mask(found, node, "keep", (condition, other))
                 node = shown  # type: ignore[assignment]
             else:
@@ -205,13 +200,10 @@ def _walk_up(node: fx.Node, found: _Logits) -> None:
                 raise _Unmatched("a where without scores", at)
         elif target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) == 1:
             left, right = node.args
-            of = [_leads_to_product(side, found.fixed) for side in (left, right)]
-            if found.fixed and all(of):
-                raise _Unmatched("a sum of two products; either may be q times k", node)
-            if of[0]:
+            if _leads_to_product(left):
                 _note_mask(found, node, "add" if target is aten.add.Tensor else "sub", (right,))
                 node = left  # type: ignore[assignment]
-            elif target is aten.add.Tensor and of[1]:
+            elif target is aten.add.Tensor and _leads_to_product(right):
                 _note_mask(found, node, "add", (left,))
                 node = right  # type: ignore[assignment]
             else:
@@ -255,20 +247,28 @@ def _factor(node: fx.Node) -> tuple[fx.Node, float] | None:
     return None
 
 
-def _leads_to_product(node: Any, fixed: bool) -> bool:
+def _leads_to_product(node: Any) -> bool:
     """Whether following the first tensor operand ends at a product of two token-sized operands."""
     for _ in range(16):
         if not isinstance(node, fx.Node) or node.op != "call_function":
             return False
         if node.target in (*_MATMUL, aten.baddbmm.default, aten.einsum.default):
             shape = extents(node)
-            return len(shape) >= 3 and (fixed or bool(shape[-1].free_symbols))
+            token_sized = bool(shape[-1].free_symbols) or _all_sizes_known(node.graph)
+            return len(shape) >= 3 and token_sized
         if node.target in (aten.where.self, aten.where.ScalarOther):
             node = node.args[1]
             continue
         factor = _factor(node)
         node = factor[0] if factor else (node.args[0] if node.args else None)
     return False
+
+
+def _all_sizes_known(graph: fx.Graph) -> bool:
+    """Whether no input has a symbolic size, so that none can be told for tokens."""
+    fakes = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder"]
+    tensors = [fake for fake in fakes if isinstance(fake, torch.Tensor)]
+    return not any(extent(size).free_symbols for fake in tensors for size in fake.shape)
 
 
 def _take_baddbmm(node: fx.Node, found: _Logits) -> None:

@@ -17,7 +17,7 @@ import contextlib
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -28,7 +28,7 @@ from ..models.memory.read import emit_read
 from ..models.memory.site import SiteTensors
 from ..models.memory.spec import Memory
 from .find_cached import CachedSite
-from .graph_tools import aten, copy_origin, emit, extent, remove_dead
+from .graph_tools import aten, calls, copy_origin, emit, extent, remove_dead
 
 # What every group of sites that share mask, shape and page size gets as inputs, in order.
 HOST_INPUTS = ("position", "lengths", "page_table")
@@ -95,14 +95,20 @@ def read_cached(
     return builder.build()
 
 
+def attentions(module: fx.GraphModule) -> dict[str, fx.Node]:
+    """The attention nodes, by the name of the call that each was folded from."""
+    found = calls(module.graph, torch.ops.memcompile.attention.default)
+    return {str(node.meta["folds"]): node for node in found}
+
+
 def group_sites(
     module: fx.GraphModule, cached: Sequence[CachedSite], memories: Mapping[str, Memory]
 ) -> list[Group]:
     """The sites by what their page tables depend on."""
-    nodes = {node.name: node for node in module.graph.nodes}
+    nodes = attentions(module)
     members: dict[Any, list[CachedSite]] = {}
     for site in cached:
-        shape = nodes[site.site.node].args[1].meta["val"].shape
+        shape = nodes[site.folds].args[1].meta["val"].shape  # type: ignore[union-attr]
         key = (site.mask, site.site.kv_heads, extent(shape[2]), memories[site.site.name].page_size)
         members.setdefault(key, []).append(site)
     groups = []
@@ -124,7 +130,7 @@ class _Builder:
         self.module, self.graph = module, module.graph
         self.cached = {site.site.name: site for site in cached}
         self.memories, self.aligned = memories, aligned
-        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.nodes = attentions(module)
         fakes = [n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"]
         self.mode = detect_fake_mode([f for f in fakes if isinstance(f, torch.Tensor)])
         self.last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
@@ -197,7 +203,7 @@ class _Builder:
     # --- reads ---
 
     def _keys(self, name: str) -> fx.Node:
-        node = self.nodes[self.cached[name].site.node].args[1]
+        node = self.nodes[self.cached[name].folds].args[1]
         assert isinstance(node, fx.Node)
         return node
 
@@ -209,8 +215,8 @@ class _Builder:
         records: Mapping[int, tuple[fx.Node, ...]],
     ) -> None:
         site, memory = cached.site, self.memories[cached.site.name]
-        node = self.nodes[site.node]
-        query, keys, values = node.args[:3]
+        node = self.nodes[cached.folds]
+        query, keys, values = cast(tuple[fx.Node, ...], node.args[:3])
         asked = (query, given["position"], given["lengths"])
 
         def call(target: Any, *args: Any) -> fx.Node:

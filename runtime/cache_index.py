@@ -119,22 +119,15 @@ class CacheIndex:
         size = self.memory.page_size
         if list(start) != self.start or len(start) != self.batch:
             return None
-        if any(s + p * size > keys.shape[2] for s, p in zip(self.start, self.pages, strict=True)):
+        size, last = self.memory.page_size, [max(p - 1, 0) for p in self.pages]
+        begin = [first + page * size for first, page in zip(start, last, strict=True)]
+        if max(begin) + size > keys.shape[2]:
             return None
-        if len({*start}) == len({*self.pages}) == 1:
-            pages = self.pages[0]
-            found = self._marks(keys, values, start, pages - 1, pages)
-            return (found == self.marks[:, :, pages - 1 : pages]).all()
-        rows = [row for row, pages in enumerate(self.pages) if pages]
-        newest = [self.pages[row] - 1 for row in rows]
-        begin = [self.start[row] + page * size for row, page in zip(rows, newest, strict=True)]
-        keys, values = (
-            torch.stack([x[row, :, at : at + size] for row, at in zip(rows, begin, strict=True)])
-            for x in (keys, values)
-        )
-        found = self._marks(keys, values, [0] * len(rows), 0, 1)[:, :, 0]
-        known = torch.stack([self.marks[r, :, page] for r, page in zip(rows, newest, strict=True)])
-        return (found == known).all()
+        found = self._marks(keys, values, begin, 0, 1)[:, :, 0]
+        at = torch.tensor(last, device=self.device)[:, None, None].expand(-1, self.kv_heads, 1)
+        same = found == self.marks.gather(2, at)[:, :, 0]
+        recorded = torch.tensor(self.pages, device=self.device) > 0
+        return (same | ~recorded[:, None]).all()
 
     def matching_pages(
         self, keys: Tensor, values: Tensor, start: Sequence[int], held: Sequence[int]
@@ -288,17 +281,17 @@ class CacheIndex:
         self, keys: Tensor, values: Tensor, start: Sequence[int], first: int, stop: int
     ) -> Tensor:
         """int64 [B, Hkv, pages]: the bits of some of a page's rows, hashed."""
-        if len({*start}) > 1:
-            by_row = [
-                self._marks(keys[row : row + 1], values[row : row + 1], [begin], first, stop)
-                for row, begin in enumerate(start)
-            ]
-            return torch.cat(by_row)
-        size, marks = self.memory.page_size, []
+        size, count, marks = self.memory.page_size, stop - first, []
+        begin = [row + first * size for row in start]
+        if len({*begin}) > 1:
+            keys, values = (
+                torch.stack([x[row, :, at : at + count * size] for row, at in enumerate(begin)])
+                for x in (keys, values)
+            )
+            begin = [0]
         wide = len(start) * self.kv_heads * size * sum(self.dims) * 8
-        for block in row_blocks(stop - first, wide):
-            pages = (first + block.start, first + block.stop)
-            at = slice(*(start[0] + page * size for page in pages))
+        for block in row_blocks(count, wide):
+            at = slice(begin[0] + block.start * size, begin[0] + block.stop * size)
             parts = [x[:, :, at].unflatten(2, (-1, size)).flatten(3) for x in (keys, values)]
             marks.append(_hash(parts[0], 0) + _hash(parts[1], 1))
         return torch.cat(marks, 2)
@@ -469,10 +462,11 @@ class Indexes:
             _, memory, aligned = site
             size, known = memory.page_size, [] if index is None else [*index.pages]
             in_place = candidate is index and rows == list(range(batch))
+            mine = index if index is not None and index.batch == batch else None
             if candidate is None or not any(sure):
-                new = CacheIndex(memory, aligned, *pair)
-            elif in_place and index is not None and index.batch == batch:
-                new = index
+                new = mine or CacheIndex(memory, aligned, *pair)
+            elif in_place and mine is not None:
+                new = mine
             else:
                 new = candidate.moved_to(*pair, rows)
             new.keep(first, [tokens_ // size for tokens_ in sure])

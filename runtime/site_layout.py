@@ -108,18 +108,23 @@ class SiteLayout:
         """Bytes that a sequence of `tokens` takes when the last has read through the policy: keys,
         values, records, account and state; without page tables and the free pages of pools."""
         total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.rows())
+        if self.memory.account is not None:
+            pages = -(-tokens // self.memory.page_size)
+            total += self.kv_heads * pages * torch.float32.itemsize
         for store in self.stores():
-            key = store.key
-            pages = -(-tokens // key.page_size)
-            if self.memory.account is not None:
-                total += self.kv_heads * pages * torch.float32.itemsize
-                pages = min(pages, self.memory.budget_pages)
-            if key.reach is not None:
-                first = max(0, tokens - 1 - key.reach) // key.page_size
-                pages -= max(0, first - key.sinks)
             page = sum(math.prod(shape) * dtype.itemsize for shape, dtype in store.pools)
-            total += self.kv_heads * pages * page
+            total += self.kv_heads * self.pages_held(store.key, tokens) * page
         return total
+
+    def pages_held(self, key: TableKey, tokens: int) -> int:
+        """Pages of one of its tables that a KV head holds then."""
+        pages = -(-tokens // key.page_size)
+        if self.memory.account is not None:
+            pages = min(pages, self.memory.budget_pages)
+        if key.reach is not None:
+            first = max(0, tokens - 1 - key.reach) // key.page_size
+            pages -= max(0, first - key.sinks)
+        return pages
 
     def serves(self, other: SiteLayout) -> bool:
         """Whether what is held for this site is all that `other` has to hold for it."""

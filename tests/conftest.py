@@ -16,13 +16,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--update-golden", action="store_true", help="write golden texts instead of comparing"
     )
     parser.addoption("--long", action="store_true", help="run the tests marked long, too")
+    parser.addoption("--browser", action="store_true", help="run the tests marked browser, too")
+    parser.addoption("--pictures", metavar="DIR", help="where tests of pages keep their pictures")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--long"):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="long: make test-long"))
+    for marker in ("long", "browser"):
+        if not config.getoption(f"--{marker}"):
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=f"{marker}: make test-{marker}"))
 
 
 # Hundreds of small models are compiled here; the tests of kernels ask for them by name.

@@ -18,7 +18,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "": ({"compiler", "models", "runtime"}, {"torch"}),
     "compiler": (
         {"compiler", "evaluation", "runtime", "passes", "codegen", "models"},
-        {"torch", "numpy", "networkx", "safetensors", "rich", "click", "transformers"}
+        {"torch", "numpy", "networkx", "safetensors", "rich", "click", "jinja2", "transformers"}
         | {"tokenizers", "onnx", "onnxscript", "onnxruntime", "torch_tensorrt", "lm_eval"},
     ),
     "evaluation": (

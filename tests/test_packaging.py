@@ -127,7 +127,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
         for path in folder.glob("*.py")
     }
     assert expected <= set(names)
-    assert "memcompile/py.typed" in names
+    assert "memcompile/py.typed" in names and "memcompile/compiler/report.html.jinja" in names
     outside = [
         name
         for name in names

@@ -56,7 +56,7 @@ def build(
         policy, [*fields, *settings], budget=budget, max_context=source.max_context
     )
     target = out or Path(default_name(source.path, policy))
-    from ..package import check_target, write
+    from ..package import check_target, write, write_refusal
     from ..pipeline import build as build_model
     from ..report import stage
 
@@ -71,15 +71,18 @@ def build(
     )
     report = compiled.report
     report.timings = {**timings, **report.timings}
-    written = not dry_run and compiled.program is not None
-    if written:
+    refused = compiled.program is None
+    if not dry_run:
         with doing("write"):
-            write(target, compiled, source=loaded.path, force=force)
+            if refused:
+                write_refusal(target, report, force=force)
+            else:
+                write(target, compiled, source=loaded.path, force=force)
     if as_json:
         show_json(report.to_json())
         return
     if quiet:
         return
     show(report)
-    why = "--dry-run" if dry_run else "there is no step graph"
-    click.echo(f"wrote {target}/" if written else f"nothing written: {why}")
+    held = f"wrote the report alone to {target}/" if refused else f"wrote {target}/"
+    click.echo("nothing written: --dry-run" if dry_run else held)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..arguments import BadInput, nearest, parse_numbers, parse_policies
-from ..progress import doing
+from ..progress import doing, note
 from . import options
 from .files import default_name
 from .options import Source
 from .output import show, show_json
+
+if TYPE_CHECKING:
+    from ..evaluate import Outcome, Subject
 
 
 @click.command("eval")
@@ -97,7 +101,7 @@ def evaluate(
         raise BadInput(f"--wording: unknown wording {wording!r}{nearest(wording, PROFILES)}")
     from ..evaluate import Given, check_libraries, package_subject, report, subject_of
     from ..evaluate import evaluate as run_evaluation
-    from ..package import is_package
+    from ..manifest import is_package
 
     given = Given(
         chosen,
@@ -114,7 +118,8 @@ def evaluate(
     )
     check_libraries()
     folder = out or Path(default_name(source.path, "eval"))
-    if is_package(source.path):
+    packaged = is_package(source.path)
+    if packaged:
         unused = {
             "--arch": source.arch,
             "--arch-config": source.arch_config,
@@ -129,6 +134,8 @@ def evaluate(
             loaded = source.load()
         subject = subject_of(loaded, source.name, source.max_context)
     outcome = run_evaluation(subject, given, folder)
+    if packaged:
+        _keep(source.path, outcome, subject, folder)
     if as_json:
         show_json(outcome.to_json())
         return
@@ -136,3 +143,15 @@ def evaluate(
         return
     show(report(outcome))
     click.echo(f"wrote {', '.join(sorted(path.name for path in outcome.files))} to {folder}/")
+
+
+def _keep(package: Path, outcome: Outcome, subject: Subject, folder: Path) -> None:
+    """The rows go into the model's own report, too; where that cannot be written they are only in
+    `folder`, and it is said."""
+    from ..results import Quality, keep
+
+    assert subject.preset is not None
+    try:
+        keep(package, Quality.of(outcome, subject.preset.to_json(), folder))
+    except OSError as error:
+        note(f"{package}/report.html stays as it was: {error.strerror or error}")

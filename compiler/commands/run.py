@@ -77,7 +77,8 @@ def run(
     comes, the figures to stderr.
     """
     from ...runtime.sampling import Sampling
-    from ..package import manifest_path, open_compiled
+    from ..manifest import manifest_path
+    from ..package import open_compiled
 
     drawn = {name: value for name, value in sampling.items() if value is not None}
     Sampling.of(**drawn)  # before anything slow

@@ -56,9 +56,13 @@ def preset(name: str, **options: Any) -> Policy:
     known("policy", name, PRESETS)
     kind = PRESETS[name]
     names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for option in options:
+    types = typing.get_type_hints(kind)
+    for option, value in options.items():
         if option not in names:
             raise ValueError(f"policy {name!r} has no option {option!r}; known: {', '.join(names)}")
+        # Numbers are checked where their range is.
+        if types[option] is str and not isinstance(value, str):
+            raise ValueError(f"{option} must be a text, got {value!r}")
     return kind(**options)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -76,7 +76,8 @@ def bytes_read(
     if read == "dense" or memory.select is None or full < each:
         return total
     if memory.levels:
-        return total + heads * _level_bytes(memory, site, position)
+        levels = level_reads(memory, position)
+        return total + heads * sum(level_bytes(memory, site, level) for level in levels)
     if memory.score is not None:
         competing = max(0, full - memory.sink_pages - memory.window_pages)
         total += competing * heads * record_bytes(memory, site, SCORE_FIELDS[memory.score.kind])
@@ -86,9 +87,23 @@ def bytes_read(
     return total
 
 
-def _level_bytes(memory: Memory, site: SiteShape, position: int) -> int:
-    """Bytes of records that one KV head scores and reads on its way down the levels."""
-    scored = read = 0
+class LevelRead(NamedTuple):
+    """What one KV head reads at one level of records.
+
+    Attributes:
+        size: tokens that a record stands for.
+        scored: records whose score is taken; the best of them are opened.
+        read: records that enter the softmax for the tokens they stand for.
+    """
+
+    size: int
+    scored: int
+    read: int
+
+
+def level_reads(memory: Memory, position: int) -> list[LevelRead]:
+    """What a query at token `position` reads on its way down the levels, the coarsest first."""
+    reads = []
     opened = above = 0
     for number in reversed(range(len(memory.levels))):
         level = memory.level(number)
@@ -101,13 +116,18 @@ def _level_bytes(memory: Memory, site: SiteShape, position: int) -> int:
             candidates = (opened - 1) * ratio + standing - above * ratio + 1
         opened, above = min(candidates, level.budget), standing
         always = min(standing, level.sinks) + min(level.window, max(0, standing - level.sinks)) + 1
-        if memory.score is not None and candidates > level.budget:
-            scored += candidates - always
-        read += candidates - opened
+        choice = memory.score is not None and candidates > level.budget
+        reads.append(
+            LevelRead(level.size, candidates - always if choice else 0, candidates - opened)
+        )
+    return reads
+
+
+def level_bytes(memory: Memory, site: SiteShape, level: LevelRead) -> int:
+    """Bytes of the records that one KV head reads at a level."""
     fields = SCORE_FIELDS[memory.score.kind] if memory.score is not None else ()
-    return scored * record_bytes(memory, site, fields) + read * record_bytes(
-        memory, site, SUMMARY_FIELDS
-    )
+    scored = level.scored * record_bytes(memory, site, fields)
+    return scored + level.read * record_bytes(memory, site, SUMMARY_FIELDS)
 
 
 def state_bytes(memory: Memory, site: SiteShape) -> int:

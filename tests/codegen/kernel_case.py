@@ -118,6 +118,14 @@ def check_attend(laid: Laid, results: tuple[Tensor, ...]) -> None:
         assert_close_to_float64(one, plain, right, reduction=reduction, logarithm=True)
 
 
+def by_slot(pages: Tensor, shift: int = 0) -> Tensor:
+    """A view of pools [P, s, D] in which page p begins at slot p * s + shift, and one at each."""
+    size, width = pages.shape[1:]
+    before = pages.new_full((shift, width), torch.nan)
+    slots = torch.cat([before, pages.flatten(0, 1)])
+    return slots.as_strided((len(slots) - size + 1, size, width), (width, width, 1))
+
+
 def lay_out(spec: KernelSpec, shape: Shape) -> Laid:
     """Memory of the shape under the spec, its pools and inputs rounded to the spec's dtype."""
     make = torch.Generator().manual_seed(shape.seed)
@@ -136,11 +144,13 @@ def lay_out(spec: KernelSpec, shape: Shape) -> Laid:
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=make, dtype=torch.float32).to(spec.torch_dtype)
 
+    shift = 5 if spec.by_slot else 0  # pages then begin at odd slots
+
     def poisoned(width: int) -> Tensor:
         full = torch.full((pool, spec.page_size, width), torch.nan, dtype=spec.torch_dtype)
         values = normal(*written.shape, width)
         full[order] = torch.where(written[..., None], values, torch.nan).flatten(0, 2)
-        return full
+        return by_slot(full, shift) if spec.by_slot else full
 
     query = normal(batch, shape.rows, heads * spec.group, spec.key_dim).transpose(1, 2)
     query.masked_fill_((torch.arange(shape.rows) >= lengths[:, None])[:, None, :, None], torch.nan)
@@ -172,6 +182,8 @@ def lay_out(spec: KernelSpec, shape: Shape) -> Laid:
     logits = torch.randn(batch, heads * spec.group, shape.rows, columns, generator=make)
     logits *= spec.key_dim**0.5
     logits.masked_fill_(~seen.repeat_interleave(spec.group, 1), torch.nan)
+    if spec.by_slot:
+        table = table * spec.page_size + shift
     given = {
         "page_logits": logits,
         "page_values": page_values,

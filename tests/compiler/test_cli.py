@@ -70,7 +70,7 @@ def test_help_shows_how_to_build(say: Any) -> None:
             ["inspct", "model"],
             "'inspct' is neither a command nor a file or folder; did you",
         ),
-        (["inspct", "model"], "the command 'inspect'? known: inspect, run, eval"),
+        (["inspct", "model"], "the command 'inspect'? known: inspect, explain, run, bench"),
         (
             ["cache", "shwo"],
             "cache: unknown command 'shwo'; did you mean 'show'? known: show",

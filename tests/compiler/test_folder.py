@@ -225,3 +225,18 @@ def test_without_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(builtins, "__import__", absent)
     assert "pip install memcompile[hf]" in refusal(folder)
+
+
+@pytest.mark.parametrize("count", [1 << 40, 1 << 64])
+def test_more_layers_than_weights_are_not_built(count: int, folder: Path) -> None:
+    config(folder, num_hidden_layers=count)
+    assert f"num_hidden_layers={count}, and the weights hold" in refusal(folder)
+    config(folder, num_hidden_layers=1, text_config={"num_experts": count})
+    assert f"num_experts={count}" in refusal(as_bin_of(folder))
+
+
+def as_bin_of(folder: Path) -> Path:
+    """The same weights in a file whose tensors nobody counts before it is read."""
+    torch.save(tiny().state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder

@@ -16,10 +16,12 @@ from archive_payloads import PLANTS, Decoder, exported, write_entries
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from memcompile.compiler import manifest as manifests
 from memcompile.compiler import package
 from memcompile.compiler.archive import read_program
 from memcompile.compiler.package import open_engine, write
 from memcompile.compiler.pipeline import Compiled, build
+from memcompile.compiler.report import Report
 
 IDS = torch.arange(1, 11).repeat(5)[None]
 
@@ -53,7 +55,7 @@ def resign(folder: Path, **changes: Any) -> None:
     for name, facts in manifest["files"].items():
         file = folder / name
         if file.is_file():
-            facts.update(bytes=file.stat().st_size, sha256=package._sha256(file))
+            facts.update(manifests.facts(file))
     path.write_text(json.dumps(manifest))
 
 
@@ -72,6 +74,7 @@ def test_the_files(compiled: Compiled, written: Path) -> None:
     assert sorted(parts(written)) == [
         "manifest.json",
         "program.pt2",
+        "report.html",
         "report.json",
         "weights.safetensors",
     ]
@@ -132,11 +135,11 @@ def test_every_kind_of_weight_comes_back(tmp_path: Path) -> None:
         captured=SimpleNamespace(program=program, name="Awkward", takes_position_ids=True),
         program=SimpleNamespace(max_context=None),
         preset=SimpleNamespace(to_json=dict),
-        report=SimpleNamespace(to_json=dict),
+        report=Report("Awkward", "dense"),
         sites=[],
     )
     folder = write(tmp_path / "awkward", fake)
-    manifest = package._read_manifest(folder)
+    manifest = manifests.read_manifest(folder)
     read = read_program(folder / "program.pt2")
     package._pour(read, folder / "weights.safetensors", manifest["weights"])
     for kind in ("state_dict", "constants"):
@@ -261,7 +264,7 @@ FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "weights": fail_in(package, "_save_tensors"),
     "program": fail_in(torch.export, "save"),
     "check": fail_in(package, "rewrite"),
-    "checksum": fail_in(package, "_sha256"),
+    "checksum": fail_in(package, "facts"),
     "rename": fail_to_rename,
 }
 

@@ -20,6 +20,7 @@ from memcompile.compiler import package
 from memcompile.compiler.arguments import parse_policies, policy_options, split_spec
 from memcompile.compiler.backend import memcompile
 from memcompile.compiler.cli import main
+from memcompile.compiler.manifest import facts
 from memcompile.compiler.package import open_engine, write
 from memcompile.compiler.pipeline import Compiled, build
 from memcompile.compiler.policy_file import (
@@ -298,8 +299,7 @@ def test_a_package_keeps_what_was_fitted(
     write_policy(kept, policy.with_options({"rest": "scout"}))
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    facts = manifest["files"]["policy.safetensors"]
-    facts.update(bytes=kept.stat().st_size, sha256=package._sha256(kept))
+    manifest["files"]["policy.safetensors"] = facts(kept)
     path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"fitted for .*'rest': 'scout'.*damaged"):
         package.read(folder)

@@ -13,6 +13,7 @@ from eval_case import CHECKPOINT, SMALL, silently_dense
 from memcompile.compiler import evaluate, pipeline
 from memcompile.compiler.arguments import BadInput, parse_numbers, parse_policies
 from memcompile.compiler.cli import main
+from memcompile.compiler.manifest import read_manifest
 from memcompile.evaluation.records import RECORDS, SETTINGS
 from memcompile.models.networks import induction
 
@@ -165,6 +166,13 @@ def test_a_compiled_folder_is_held_against_dense_under_its_own_policy(say: Any) 
     assert "a byte" in out and "single, 512" in out
     assert {record["policy"] for record in kept("out")} == {"dense", "scout"}
     assert {r["task"] for r in kept("out")} == {"single", "late-constraint", "text-loss"}
+    # The folder's own report has the rows too, and says where they are from.
+    page = Path("engine/report.html").read_text()
+    assert 'id="quality"' in page and "<code>out</code>" in page
+    quality = json.loads(Path("engine/quality.json").read_text())
+    assert quality["rows"] == json.loads(Path("out/summary.json").read_text())["rows"]
+    assert quality["own"] == "scout"
+    read_manifest(Path("engine"))
     refused = say("eval", "engine", "--max-context", 5)
     assert refused[0] == 2 and "was compiled already" in refused[2]
     refused = say("eval", "engine", "--start", 5)

@@ -39,8 +39,13 @@ def read(
     window: int = 0,
     page_lse: bool = False,
     shared: bool = False,
+    by_slot: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Runs attend on a laid out case and holds its results to float64."""
+    """Runs attend on a laid out case and holds its results to float64.
+
+    Args:
+        by_slot: the kernel is given views of the pools whose pages begin at every slot.
+    """
     case, scale = laid.case, laid.case.key_dim**-0.5
     values = laid.key_pages[:, :, : case.value_dim] if shared else laid.value_pages
     spec = attend_spec(
@@ -51,10 +56,15 @@ def read(
         window=bool(window),
         page_lse=page_lse,
         shared_kv=shared,
+        by_slot=by_slot,
     )
+    pools, table = (laid.key_pages, values), laid.table
+    if by_slot:
+        pools = tuple(every_slot(pool) for pool in pools)
+        table = torch.where(table < 0, -1, table * case.page_size + SHIFT)
     got = run(
-        spec, query=laid.query, key_pages=laid.key_pages, value_pages=values, bias=bias,
-        page_table=laid.table, pages=pages, position=laid.position, lengths=laid.lengths,
+        spec, query=laid.query, key_pages=pools[0], value_pages=pools[1], bias=bias,
+        page_table=table, pages=pages, position=laid.position, lengths=laid.lengths,
         scale=scale, softcap=softcap, window=window,
     )  # fmt: skip
     options: dict[str, Any] = dict(
@@ -84,6 +94,28 @@ def read(
                 got[2][..., entry], plain, exact, reduction=width, logarithm=True
             )
     return got
+
+
+SHIFT = 3
+
+
+def every_slot(pages: Tensor) -> Tensor:
+    """A view of pools [P, s, D] in which page p begins at slot p * s + SHIFT."""
+    size, width = pages.shape[1:]
+    slots = torch.cat([pages.new_full((SHIFT, width), torch.nan), pages.flatten(0, 1)])
+    return slots.as_strided((len(slots) - size + 1, size, width), (width, width, 1))
+
+
+@by_dtype
+@pytest.mark.parametrize("page_size", [4, 16, 128])
+def test_attend_reads_pages_that_begin_at_every_slot(dtype: torch.dtype, page_size: int) -> None:
+    case = Case(
+        position=(90, 0, 133), lengths=(2, 1, 0), group=3, page_size=page_size, dtype=dtype, **D
+    )
+    laid = Laid(case)
+    punch_holes(laid, 3)
+    read(laid, by_slot=True)
+    read(laid, page_lists(laid, 3), by_slot=True)
 
 
 @by_dtype

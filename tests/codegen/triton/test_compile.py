@@ -36,6 +36,7 @@ READ = {
     "listed": KernelSpec("attend", group=4, pages="listed", **LLAMA),
     "summaries": KernelSpec("attend", group=4, pages="listed", summaries=True, **LLAMA),
     "unlisted": KernelSpec("attend", group=4, pages="unlisted", **LLAMA),
+    "by_slot": KernelSpec("attend", group=4, pages="listed", by_slot=True, **LLAMA),
     "records": KernelSpec(
         "attend", group=4, span=64, bias=True, pages="unlisted", **{**LLAMA, "page_size": 1}
     ),
@@ -65,7 +66,7 @@ LLAMA_STEP = (
     *(READ[kind] for kind in ("all", "listed", "summaries")),
     *(SELECT, SELECT_AND_KEEP, APPEND, COMBINE),
 )
-LLAMA_ALL = (*LLAMA_STEP, READ["unlisted"], READ["records"])
+LLAMA_ALL = (*LLAMA_STEP, READ["unlisted"], READ["by_slot"], READ["records"])
 SPECS = (
     *LLAMA_ALL,
     KernelSpec("attend", dtype="bfloat16", key_dim=576, value_dim=512, group=128, page_size=64,

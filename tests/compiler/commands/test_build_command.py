@@ -15,7 +15,7 @@ from command_case import SMALL
 
 from memcompile import codegen
 from memcompile.codegen.cpp import NoCompiler
-from memcompile.compiler import package, pipeline
+from memcompile.compiler import manifest, package, pipeline
 from memcompile.compiler.arguments import policy_options
 from memcompile.compiler.commands.files import default_name
 from memcompile.compiler.load import Loaded
@@ -186,6 +186,25 @@ def test_bad_options_are_one_line_and_code_2(
     assert not list(Path.cwd().iterdir())
 
 
+def test_a_refused_model_can_have_its_report(say: Any, without_attention: Path) -> None:
+    asked = (without_attention, "--no-strict", "--out", "refused", "--quiet")
+    assert say(*asked).code == 0
+    folder = Path("refused")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "manifest.json",
+        "report.html",
+        "report.json",
+    ]
+    assert "No attention was rewritten" in (folder / "report.html").read_text()
+    for command in (["run", "--ids", "--prompt", "1"], ["bench"], ["eval"]):
+        said = say(command[0], folder, *command[1:])
+        assert said.code == 2
+        assert "refused: holds no engine: the model was refused; report.html in it" in said.err
+    kept = say(*asked)
+    assert kept.code == 2 and "already exists and is kept; give --force" in kept.err
+    assert say(*asked, "--force").code == 0
+
+
 def test_nothing_rewritten_is_code_3_and_says_what_was_looked_for(
     say: Any, without_attention: Path
 ) -> None:
@@ -195,8 +214,8 @@ def test_nothing_rewritten_is_code_3_and_says_what_was_looked_for(
     looked = say("inspect", without_attention)
     assert looked.code == 3 and "no step can be derived" in looked.out
     loose = say(without_attention, "--no-strict")
-    assert loose.code == 0 and "nothing written" in loose.out
-    assert not list(Path.cwd().iterdir())
+    assert loose.code == 0 and "wrote the report alone to flat.scout/" in loose.out
+    assert [path.name for path in Path.cwd().iterdir()] == ["flat.scout"]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +240,7 @@ def filled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fill(folder: Path, *arguments: Any) -> None:
         (folder / "weights").touch()
-        (folder / "manifest.json").write_text(json.dumps({"format": package.FORMAT}))
+        (folder / "manifest.json").write_text(json.dumps({"format": manifest.FORMAT}))
 
     monkeypatch.setattr(package, "_fill", fill)
 
@@ -274,7 +293,7 @@ def test_a_signal_leaves_nothing_half_done(
     there = earlier or moment != "writing"
     assert [path.name for path in Path.cwd().iterdir()] == ["out"] * there
     if there:
-        assert package.is_package(Path("out")) and Path("out/weights").exists()
+        assert manifest.is_package(Path("out")) and Path("out/weights").exists()
         assert Path("out/marker").exists() == (earlier and moment != "after")
 
 
