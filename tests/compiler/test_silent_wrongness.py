@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -28,6 +29,17 @@ ENTRIES = {entry.name: entry for entry in DECODERS}
 # What no reading of the graph can know, and the self-check has to find: torch.export traces sizes
 # from two on, and whether -1e4 hides a key hangs on how large the scores are.
 BEYOND_THE_PROOF = {"BatchBranch", "EmptyLengthBranch", "OverwhelmedMask"}
+# The gate runs every trap and a third of the others; the long suite runs all.
+ORDINARY = [entry.name for entry in DECODERS if not entry.trap]
+GATE = {entry.name for entry in TRAPS} | {*ORDINARY[::3]}
+
+
+def gated(names: Iterable[str], gate: Collection[str] = GATE) -> pytest.MarkDecorator:
+    """A test of each name, long where it is not in `gate`."""
+    long = pytest.mark.long
+    return pytest.mark.parametrize(
+        "name", [name if name in gate else pytest.param(name, marks=long) for name in names]
+    )
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ def test_an_unknown_expectation_is_refused() -> None:
         Entry(Decoder, "perhaps")
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@gated(ENTRIES, [*ENTRIES][::5])
 def test_the_forward_runs_at_every_length(name: str) -> None:
     entry = ENTRIES[name]
     model = made(entry)
@@ -109,14 +121,14 @@ def test_the_forward_runs_at_every_length(name: str) -> None:
             assert bool(forward(model, tokens).isfinite().all())
 
 
-@pytest.mark.parametrize("name", [e.name for e in DECODERS if e.expectation == RIGHT])
+@gated([e.name for e in DECODERS if e.expectation == RIGHT], ORDINARY[::5])
 def test_an_ordinary_decoder_does_not_look_ahead(name: str) -> None:
     entry = ENTRIES[name]
     tokens = random_tokens(entry.decoder.vocabulary, 2, 29)
     assert_logits(made(entry), forward(made(entry), tokens[:, :17]), tokens)
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@gated(ENTRIES)
 def test_the_proof_alone_is_never_wrong(name: str) -> None:
     entry, verdict = ENTRIES[name], proven(name)
     if verdict.compiled is None:
@@ -132,7 +144,7 @@ def test_the_proof_alone_is_never_wrong(name: str) -> None:
         assert not entry.reason or any(word in refusal for word in entry.reason), refusal
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@gated(ENTRIES)
 def test_the_self_check_agrees_with_the_proof(name: str) -> None:
     """What the proof lets through must pass the self-check: no false alarm, no second opinion."""
     verdict, entry = proven(name), ENTRIES[name]
@@ -179,7 +191,7 @@ def test_the_face_is_right_or_declines(name: str) -> None:
     assert_logits(made(entry), logits, tokens)
 
 
-@pytest.mark.parametrize("name", [e.name for e in DECODERS if e.expectation != DECLINED])
+@gated([e.name for e in DECODERS if e.expectation != DECLINED])
 def test_past_its_last_position_a_decoder_is_right_or_raises(name: str) -> None:
     """Tables end: a step must not wrap, clamp or read another row where the forward fails."""
     compiled, entry = proven(name).compiled, ENTRIES[name]
@@ -209,7 +221,7 @@ def test_past_its_last_position_a_decoder_is_right_or_raises(name: str) -> None:
         assert_logits(model, logits, seen, start=index)
 
 
-@pytest.mark.parametrize("name", [e.name for e in DECODERS if e.takes_position_ids])
+@gated([e.name for e in DECODERS if e.takes_position_ids])
 def test_ragged_rows_are_right_or_refused(name: str) -> None:
     """Rows of unlike length, right-padded: each as if the padding were not there."""
     compiled, entry = proven(name).compiled, ENTRIES[name]
