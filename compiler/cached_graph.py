@@ -15,7 +15,7 @@ from ..models.memory.spec import Memory
 from ..passes.exact import HIDDEN_LOGIT
 from ..passes.find_cached import CachedSite, find_cached, upstream
 from ..passes.fold_attention import fold_attention
-from ..passes.read_cached import attentions, group_sites, read_cached
+from ..passes.read_cached import group_sites, read_cached
 from ..passes.result import Declined, PassResult
 from ..passes.undo_repeat_kv import undo_repeat_kv
 from ..runtime.cache_index import Indexes
@@ -118,7 +118,7 @@ def cached_run(
         lowered: is told of kernels and of what runs without them.
     """
     normal = found.normal
-    sites, groups, mask_names = _plans(found, memories)
+    sites, groups, names = _plans(found, memories)
     windows = [m.window_pages * m.page_size for m in memories.values() if m.fields]
 
     def read(aligned: bool) -> Callable[..., Any]:
@@ -145,7 +145,7 @@ def cached_run(
         groups,
         read,
         dense,
-        _masks(found.folded, mask_names),
+        _looker(found.folded, names),
         indexes,
         # Pages that fill during a call have no record yet: they must lie in every row's window.
         min([decode_tokens, *(1 + window for window in windows)]),
@@ -172,38 +172,41 @@ def _plans(
     groups = group_sites(folded, found.cached, memories)
     inputs = [n.name for n in folded.graph.nodes if n.op == "placeholder"]
     output = next(n for n in reversed(folded.graph.nodes) if n.op == "output")
-    nodes = attentions(folded)
-    masks = list(dict.fromkeys(g.mask for g in groups if g.mask is not None))
+    nodes = {n.name: n for n in folded.graph.nodes}
+    looked = [g.mask for g in groups] + [n for site in found.cached for n in site.places]
+    names = list(dict.fromkeys(name for name in looked if name is not None))
     results = list(output.args[0])
     of_group = {name: number for number, group in enumerate(groups) for name in group.sites}
     by_name = {site.site.name: site for site in found.cached}
     sites = []
     for name, number in of_group.items():
         site = by_name[name]
-        keys = nodes[site.folds].args[1]
+        longer = [results.index(nodes[name]) for name in site.appends if site.grows]
         sites.append(
             SitePlan(
                 name,
+                site.site.layer,
                 memories[name],
                 number,
                 inputs.index(site.keys),
                 inputs.index(site.values),
-                results.index(keys) if site.grows else None,
+                (longer[0], longer[1]) if longer else None,
+                tuple(names.index(place) for place in site.places),
             )
         )
     plans = [
         GroupPlan(
-            masks.index(group.mask) if group.mask is not None else None,
+            names.index(group.mask) if group.mask is not None else None,
             group.kv_heads,
             group.page_size,
             group.record_sizes,
         )
         for group in groups
     ]
-    return sites, plans, masks
+    return sites, plans, names
 
 
-def _masks(folded: fx.GraphModule, names: Sequence[str]) -> Callable[..., Any] | None:
+def _looker(folded: fx.GraphModule, names: Sequence[str]) -> Callable[..., Any] | None:
     """A function from a graph's arguments to the values of some of its nodes."""
     if not names:
         return None
@@ -221,11 +224,11 @@ def _masks(folded: fx.GraphModule, names: Sequence[str]) -> Callable[..., Any] |
     graph.output([copied[nodes[name]] for name in names])
     module = fx.GraphModule(folded, graph)
 
-    def masks(*args: Any) -> Any:
+    def look(*args: Any) -> Any:
         with torch.no_grad():
             return module(*args)
 
-    return masks
+    return look
 
 
 def _stream_weights(module: fx.GraphModule, kernels: str, lowered: Lowered) -> None:

@@ -37,6 +37,10 @@ class CachedSite:
         keys, values: names of the inputs that hold what was cached before the call.
         grows: whether the graph makes longer caches of them; else it writes into them.
         mask: name of the mask's node in the normal form, or None.
+        appends: names of the nodes that append keys and values: what they give are the longer
+            caches, where the graph makes some.
+        places: names of the nodes that say which rows of keys and values are written, where the
+            graph writes into its caches.
     """
 
     site: Site
@@ -45,6 +49,21 @@ class CachedSite:
     values: str
     grows: bool
     mask: str | None
+    appends: tuple[str, str]
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Append:
+    """The node that appends new rows to a cache, which is an input of the graph."""
+
+    cache: fx.Node
+    node: fx.Node
+
+    @property
+    def grows(self) -> bool:
+        """Whether the result is a tensor of its own."""
+        return self.node.target is aten.cat.default
 
 
 def find_cached(module: fx.GraphModule) -> tuple[list[CachedSite], list[Declined]]:
@@ -91,9 +110,18 @@ def find_cached(module: fx.GraphModule) -> tuple[list[CachedSite], list[Declined
             softcap=float(argument(node, "softcap")),
             dtype=key.dtype,
         )
-        folds = str(node.meta["folds"])
+        places = [] if keys.grows else [c.node.args[2] for c in (keys, values)]
         found.append(
-            CachedSite(site, folds, keys[0], values[0], keys[1], mask.name if mask else None)
+            CachedSite(
+                site,
+                str(node.meta["folds"]),
+                keys.cache.name,
+                values.cache.name,
+                keys.grows,
+                mask.name if mask else None,
+                (keys.node.name, values.node.name),
+                tuple(place.name for place in places if isinstance(place, fx.Node)),
+            )
         )
     return found, declined
 
@@ -104,21 +132,19 @@ def _layer(path: str, order: int) -> int:
     return int(number[1]) if number else order
 
 
-def _appended(node: object, rows: sympy.Expr) -> tuple[str, bool] | None:
-    """The input behind a cache with `rows` new rows, and whether the result is a tensor of its
-    own."""
+def _appended(node: object, rows: sympy.Expr) -> _Append | None:
+    """How `rows` new rows got into a cache, or None."""
     while isinstance(node, fx.Node) and node.target in _SAME_VALUE:
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.op != "call_function" or not node.args:
         return None
     if node.target in _APPENDS:
         cache, axis, _, new = node.args
-        grows = False
     elif node.target is aten.cat.default:
         parts, axis = (*node.args, 0)[:2]
         if not isinstance(parts, list | tuple) or len(parts) != 2:
             return None
-        (cache, new), grows = parts, True
+        cache, new = parts
         # A rolling window keeps only the last rows: what leaves the graph is then a slice.
         if not any(user.op == "output" for user in node.users):
             return None
@@ -127,14 +153,19 @@ def _appended(node: object, rows: sympy.Expr) -> tuple[str, bool] | None:
     if not isinstance(cache, fx.Node) or cache.op != "placeholder" or axis not in (2, -2):
         return None
     fits = isinstance(new, fx.Node) and len(extents(new)) == 4 and extents(new)[2] == rows
-    return (cache.name, grows) if fits else None
+    return _Append(cache, node) if fits else None
 
 
-def _unfit(node: fx.Node, keys: tuple[str, bool], values: tuple[str, bool]) -> str:
+def _unfit(node: fx.Node, keys: _Append, values: _Append) -> str:
     """Why a cached attention cannot be read through a memory, or nothing."""
     query, key, value = (node.args[i].meta["val"] for i in range(3))  # type: ignore[union-attr]
-    if keys[1] != values[1] or keys[0] == values[0]:
+    if keys.grows != values.grows or keys.cache is values.cache:
         return "its keys and values are not cached alike"
+    if _written_otherwise(node, keys, values):
+        return "the graph writes into its cache in another place, too"
+    for place in () if keys.grows else (keys.node.args[2], values.node.args[2]):
+        if why := _unreadable(place, "where the cache is written"):  # type: ignore[arg-type]
+            return why
     if argument(node, "is_causal"):
         return "it is masked by is_causal, which over a cache hides the newest keys"
     if not (key.is_contiguous() and value.is_contiguous()):
@@ -150,31 +181,59 @@ def _unfit(node: fx.Node, keys: tuple[str, bool], values: tuple[str, bool]) -> s
     fits = len(shape) == 4 and shape[0] in (1, sizes[0]) and shape[1] == 1 and shape[2] == sizes[2]
     if not fits:
         return f"its mask is {list(shape)}; expected one for all heads, {list(sizes)}"
-    return _unreadable(mask)
+    return _unreadable(mask, "its mask")
 
 
-def _unreadable(mask: fx.Node) -> str:
-    """Why the mask cannot be computed before the graph runs, or nothing."""
-    cone = upstream(mask)
+def _unreadable(wanted: fx.Node, what: str) -> str:
+    """Why a value cannot be computed before the graph runs, or nothing."""
+    cone = upstream(wanted)
     if any(changes_something(node) for node in cone):
-        return "its mask depends on what the graph writes"
-    inputs = {node for node in cone if node.op == "placeholder"}
-    for node in mask.graph.nodes:
-        if node is mask:
+        return f"{what} depends on what the graph writes"
+    left = len(cone)
+    written: set[int] = set()
+    for node in wanted.graph.nodes:
+        if node in cone:
+            left -= 1
+            if written & {memory for n in node.all_input_nodes for memory in _memory(n)}:
+                return f"{what} is read from an input that the graph writes before"
+        if not left:
             break
-        # A view of the input, made before, would show it too.
-        if any(inputs & upstream(written) for written in _written(node)):
-            return "its mask is read from an input that the graph writes before"
+        written |= _writes(node)
     return ""
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a call writes."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    named = zip(node.target._schema.arguments, node.args, strict=False)
-    changed = [given for known, given in named if known.alias_info and known.alias_info.is_write]
-    return [given for given in changed if isinstance(given, fx.Node)]
+def _written_otherwise(attention: fx.Node, keys: _Append, values: _Append) -> bool:
+    """Whether anything but the appends writes to the caches, before the attention or after it."""
+    read = [n for n in attention.args[1:3] if isinstance(n, fx.Node)]
+    caches = {
+        memory
+        for node in (keys.cache, values.cache, keys.node, values.node, *read)
+        for memory in _memory(node)
+    }
+    return any(
+        caches & _writes(node)
+        for node in attention.graph.nodes
+        if node is not keys.node and node is not values.node
+    )
+
+
+def _writes(node: fx.Node) -> set[int]:
+    """The memory that a call writes to: of everything it is given, where its schema is unknown."""
+    if not changes_something(node):
+        return set()
+    given = node.all_input_nodes
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema.arguments
+        names = [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
+        written = [argument(node, name) for name in names]
+        given = [n for w in written for n in (w if isinstance(w, list | tuple) else [w])]
+    return {memory for n in given if isinstance(n, fx.Node) for memory in _memory(n)}
+
+
+def _memory(node: fx.Node) -> set[int]:
+    """What tells the memory of a node's tensor from that of others; views share theirs."""
+    value = node.meta.get("val")
+    return {value.untyped_storage()._cdata} if isinstance(value, torch.Tensor) else set()
 
 
 def upstream(node: fx.Node) -> set[fx.Node]:

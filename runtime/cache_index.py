@@ -2,8 +2,12 @@
 
 A cache of transformers holds keys and values and knows nothing of pages. What a memory needs beside
 it is kept here: records of its full pages, written when a page is full and only then, and marks by
-which a page is known again. Before a call the marks say which records still hold: a cache that was
-cropped, reordered, reset or filled anew is noticed, and what no longer holds is written again.
+which a page is known again. Before a call it is made sure that the records still hold: a cache that
+was cropped, reordered, reset or filled anew is noticed, and what no longer holds is written again.
+
+A tensor tells by its version whether something wrote to it. Inference tensors have none: there the
+newest page's mark must agree, and the call must begin where the last one ended; in the first layer,
+whose keys tell nothing of the tokens before them, every page is compared.
 """
 
 from __future__ import annotations
@@ -22,9 +26,6 @@ from ..models.memory.paged import row_blocks
 from ..models.memory.parts import field_width
 from ..models.memory.records import page_records
 from ..models.memory.spec import Memory
-
-# Rows of a page that its mark is made of, the last one among them.
-MARKED_ROWS = 4
 
 
 class CacheIndex:
@@ -54,20 +55,44 @@ class CacheIndex:
             self.records = {size: [self._empty(0, f) for f in memory.fields] for size in self.sizes}
             self.marks = torch.empty((self.batch, self.kv_heads, 0), dtype=torch.int64)
             self.marks = self.marks.to(self.device)
-        self.bind(keys)
+        self.bind(keys, values, None)
         if aligned:
             for size in self.sizes:
                 self._grow(size, keys.shape[2] // size)
 
-    def bind(self, keys: Tensor) -> None:
-        """From now on the index is of this tensor, which holds what the last one held."""
+    def bind(self, keys: Tensor, values: Tensor, held: Sequence[int] | None) -> None:
+        """From now on the index is of these tensors, which hold what the last ones held.
+
+        Args:
+            held: keys of each row by now, from its start; None: not to be trusted before all of
+                its pages were compared.
+        """
         self.storage = StorageWeakRef(keys.untyped_storage())
-        self.offset = keys.storage_offset()
+        self.layout = (keys.storage_offset(), keys.shape[1], keys.stride())
+        self.versions = _versions(keys, values)
+        self.held = None if held is None else list(held)
 
     def is_of(self, keys: Tensor) -> bool:
         """Whether this is the index of the tensor's very memory."""
         same = StorageWeakRef(keys.untyped_storage()).cdata == self.storage.cdata
-        return same and not self.gone and keys.storage_offset() == self.offset
+        layout = (keys.storage_offset(), keys.shape[1], keys.stride())
+        return same and not self.gone and layout == self.layout
+
+    @property
+    def offset(self) -> int:
+        """Of the keys in their storage."""
+        return int(self.layout[0])
+
+    def untouched(self, keys: Tensor, values: Tensor, held: Sequence[int], deep: bool) -> bool:
+        """Whether nothing is known to have written to the cache since the last call.
+
+        Args:
+            held: keys of each row, from its start.
+            deep: the keys of some site tell of the tokens before them.
+        """
+        if self.held is None or self.versions != _versions(keys, values):
+            return False
+        return self.versions is not None or (deep and self.held == list(held))
 
     @property
     def gone(self) -> bool:
@@ -87,10 +112,11 @@ class CacheIndex:
     # --- what still holds ---
 
     def last_page_holds(self, keys: Tensor, values: Tensor, start: Sequence[int]) -> Tensor | None:
-        """A bool: whether the newest page with a mark is as it was; None: it must be looked into.
+        """A bool: whether each row's newest page is as it was; None: it must be looked into.
 
         A tensor, so that many sites can be asked before anything waits for an answer.
         """
+        size = self.memory.page_size
         if list(start) != self.start or len(start) != self.batch:
             return None
         size, last = self.memory.page_size, [max(p - 1, 0) for p in self.pages]
@@ -255,27 +281,35 @@ class CacheIndex:
         self, keys: Tensor, values: Tensor, start: Sequence[int], first: int, stop: int
     ) -> Tensor:
         """int64 [B, Hkv, pages]: the bits of some of a page's rows, hashed."""
-        size = self.memory.page_size
-        count = min(MARKED_ROWS, size)
-        ends = torch.arange(first + 1, stop + 1)[:, None] * size - 1  # the last row of each page
-        at = (ends - torch.arange(count) * (size // count)).flatten().to(keys.device)
-        if len({*start}) == 1:
-            rows = [x.index_select(2, at + start[0]) for x in (keys, values)]
-        else:
-            index = at + torch.tensor(start, device=keys.device)[:, None]
-            index = index[:, None, :, None].expand(-1, keys.shape[1], -1, -1)
-            rows = [x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (keys, values)]
-        total: Tensor = sum(_hash(part, salt) for salt, part in enumerate(rows))  # type: ignore[assignment]
-        total = total.unflatten(2, (-1, count))
-        marks: Tensor = (total * _weights(count, 2, keys.device)).sum(-1)
-        return marks
+        size, count, marks = self.memory.page_size, stop - first, []
+        begin = [row + first * size for row in start]
+        if len({*begin}) > 1:
+            keys, values = (
+                torch.stack([x[row, :, at : at + count * size] for row, at in enumerate(begin)])
+                for x in (keys, values)
+            )
+            begin = [0]
+        wide = len(start) * self.kv_heads * size * sum(self.dims) * 8
+        for block in row_blocks(count, wide):
+            at = slice(begin[0] + block.start * size, begin[0] + block.stop * size)
+            parts = [x[:, :, at].unflatten(2, (-1, size)).flatten(3) for x in (keys, values)]
+            marks.append(_hash(parts[0], 0) + _hash(parts[1], 1))
+        return torch.cat(marks, 2)
+
+
+def _versions(keys: Tensor, values: Tensor) -> tuple[int, int] | None:
+    """Counts of what wrote to them, or None where that is not counted."""
+    if keys.is_inference() or values.is_inference():
+        return None
+    return keys._version, values._version
 
 
 def _hash(rows: Tensor, salt: int) -> Tensor:
     """int64 [...]: the bits of the last axis, weighted; what overflows wraps around."""
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = rows.contiguous().view(kinds[rows.element_size()]).long()
-    return (bits * _weights(rows.shape[-1], salt, rows.device)).sum(-1)
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+    kind = torch.int32 if rows.shape[-1] * rows.element_size() % 4 == 0 else None
+    bits = rows.contiguous().view(kind or kinds[rows.element_size()]).long()
+    return (bits * _weights(bits.shape[-1], salt, rows.device)).sum(-1)
 
 
 @cache
@@ -293,7 +327,7 @@ class Indexes:
     _all: ClassVar[weakref.WeakSet[Indexes]] = weakref.WeakSet()
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
         self._held: dict[Any, list[CacheIndex]] = {}
         self._all.add(self)
 
@@ -303,6 +337,7 @@ class Indexes:
         caches: Sequence[tuple[Tensor, Tensor]],
         start: Sequence[Sequence[int]],
         held: Sequence[Sequence[int]],
+        deep: bool = True,
     ) -> tuple[list[CacheIndex], int]:
         """The indexes of a graph's caches, true for the first `held` keys of each row.
 
@@ -314,26 +349,34 @@ class Indexes:
                 pages are aligned.
             caches: keys and values.
             start, held: for each site, by row.
+            deep: one of the sites at least is behind others of its model.
 
         Returns:
             one index a site, and how many pages of caches that were known held something else.
         """
-        with self._lock:
+        with self.lock:
             found = [self._of(site, pair[0]) for site, pair in zip(sites, caches, strict=True)]
-        trusted = self._trusted(found, caches, start, held)
-        rebuilt = 0
-        if not trusted:
-            found, rebuilt = self._verified(sites, found, caches, start, held)
-        result: list[CacheIndex] = []
-        for index, pair, tokens in zip(found, caches, held, strict=True):
-            assert index is not None
-            index.fill(*pair, tokens)
-            result.append(index)
-        return result, rebuilt
+            rebuilt = 0
+            if not self._trusted(found, caches, start, held, deep):
+                found, rebuilt = self._verified(sites, found, caches, start, held)
+            result: list[CacheIndex] = []
+            for index, pair, tokens in zip(found, caches, held, strict=True):
+                assert index is not None
+                index.fill(*pair, tokens)
+                result.append(index)
+            return result, rebuilt
+
+    def distrust(self, caches: Sequence[Tensor]) -> None:
+        """Something writes to these caches that this does not follow: compare before use."""
+        with self.lock:
+            for held in self._held.values():
+                for index in held:
+                    if index.held is not None and any(map(index.is_of, caches)):
+                        index.held = None
 
     def drop(self, gone: Callable[[CacheIndex], bool]) -> int:
         """Forgets the indexes for which `gone` is true; how many."""
-        with self._lock:
+        with self.lock:
             before = sum(map(len, self._held.values()))
             self._held = {
                 key: [index for index in held if not gone(index)]
@@ -348,7 +391,7 @@ class Indexes:
 
     @property
     def nbytes(self) -> int:
-        with self._lock:
+        with self.lock:
             return sum(index.nbytes for held in self._held.values() for index in held)
 
     def _of(self, site: Any, keys: Tensor) -> CacheIndex | None:
@@ -360,11 +403,14 @@ class Indexes:
         caches: Sequence[tuple[Tensor, Tensor]],
         start: Sequence[Sequence[int]],
         held: Sequence[Sequence[int]],
+        deep: bool,
     ) -> bool:
         """Whether every cache is the one it was, with nothing but more rows."""
         answers = []
         for index, pair, first, tokens in zip(found, caches, start, held, strict=True):
             if index is None or index.batch != len(first):
+                return False
+            if not index.untouched(*pair, tokens, deep):
                 return False
             size = index.memory.page_size
             if any(t // size < p for t, p in zip(tokens, index.pages, strict=True)):
@@ -389,8 +435,7 @@ class Indexes:
         matches = []
         for site, index, pair, first, tokens in zip(sites, found, caches, start, held, strict=True):
             known = [index] if index is not None else []
-            with self._lock:
-                known += [x for x in self._held.get(site, ()) if x is not index]
+            known += [x for x in self._held.get(site, ()) if x is not index]
             best: tuple[CacheIndex | None, list[int], list[int]]
             best = (None, [], [0] * len(first))
             for candidate in known:
@@ -415,24 +460,25 @@ class Indexes:
         ):
             candidate, rows, _ = match
             _, memory, aligned = site
-            size = memory.page_size
-            before = index.pages if index is not None else []
+            size, known = memory.page_size, [] if index is None else [*index.pages]
             in_place = candidate is index and rows == list(range(batch))
+            mine = index if index is not None and index.batch == batch else None
             if candidate is None or not any(sure):
-                new = CacheIndex(memory, aligned, *pair)
-            elif in_place and index is not None and index.batch == batch:
-                new = index
+                new = mine or CacheIndex(memory, aligned, *pair)
+            elif in_place and mine is not None:
+                new = mine
             else:
                 new = candidate.moved_to(*pair, rows)
             new.keep(first, [tokens_ // size for tokens_ in sure])
             if index is not None:
-                known = [min(t // size, p) for t, p in zip(tokens, before, strict=True)]
-                rebuilt += sum(p - s // size for p, s in zip(known, sure, strict=True))
+                rebuilt += sum(
+                    max(0, min(recorded, t // size) - s // size)
+                    for recorded, t, s in zip(known, tokens, sure, strict=False)
+                )
             result.append(new)
             self._put(site, new, index)
         return result, rebuilt
 
     def _put(self, site: Any, new: CacheIndex, old: CacheIndex | None) -> None:
-        with self._lock:
-            kept = [x for x in self._held.get(site, ()) if x not in (new, old) and not x.gone]
-            self._held[site] = [*kept, new]
+        kept = [x for x in self._held.get(site, ()) if x not in (new, old) and not x.gone]
+        self._held[site] = [*kept, new]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..models.memory.spec import Memory
-from .cache_index import Indexes
+from .cache_index import CacheIndex, Indexes
 
 log = logging.getLogger("memcompile")
 # Calls in a row that found their caches changed, after which a graph reads them densely.
@@ -30,18 +30,22 @@ class SitePlan:
     """One attention: its memory, and which arguments of the graph are its cache.
 
     Attributes:
+        layer: of the model, 0 the first.
         group: number of the group that has its tables.
         keys, values: positions among the graph's arguments.
-        grown: position among its results of the longer cache that it makes of the keys, or None
-            where it writes into the cache.
+        grown: positions among its results of the longer caches that it makes of keys and values,
+            or None where it writes into the caches.
+        places: where it does, the numbers among what is looked at of the rows it writes.
     """
 
     name: str
+    layer: int
     memory: Memory
     group: int
     keys: int
     values: int
-    grown: int | None
+    grown: tuple[int, int] | None
+    places: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class GroupPlan:
     """Sites that share page tables.
 
     Attributes:
-        mask: number of the mask among those computed beforehand; None: the one query sees every
+        mask: number of the mask among what is looked at beforehand; None: the one query sees every
             key.
         record_sizes: tokens of the records that have a table.
     """
@@ -182,7 +186,7 @@ class Tables:
         return given
 
     def fits(self, seen: Seen, length: int) -> bool:
-        return self.length == length and bool((self.start == np.array(seen.start)).all())
+        return self.length == length and np.array_equal(self.start, seen.start)
 
     def _records(self, size: int) -> Tensor:
         column = np.arange(-(-self.length // size))
@@ -200,7 +204,8 @@ class CachedRun:
     Args:
         read: makes the graph that reads through memories, for aligned pages or not.
         dense: makes the graph as it was.
-        masks: computes the masks from the arguments.
+        look: computes from the arguments what is looked at beforehand: masks, and the rows that
+            the graph writes.
         most_rows: queries a row that are still read through the policy.
     """
 
@@ -210,13 +215,13 @@ class CachedRun:
         groups: Sequence[GroupPlan],
         read: Callable[[bool], Callable[..., Any]],
         dense: Callable[[], Callable[..., Any]],
-        masks: Callable[..., Sequence[Tensor]] | None,
+        look: Callable[..., Sequence[Tensor]] | None,
         indexes: Indexes,
         most_rows: int,
         hidden: float,
     ) -> None:
         self.sites, self.groups, self.indexes = list(sites), list(groups), indexes
-        self.most_rows, self.hidden, self.masks = most_rows, hidden, masks
+        self.most_rows, self.hidden, self.look = most_rows, hidden, look
         self.calls = Calls()
         self._make = {True: lambda: read(True), False: lambda: read(False), None: dense}
         self._made: dict[bool | None, Callable[..., Any]] = {}
@@ -228,6 +233,7 @@ class CachedRun:
     def __call__(self, *args: Any) -> Any:
         why, seen = self._look(args)
         if why:
+            self.indexes.distrust([args[site.keys] for site in self.sites if site.memory.fields])
             with self._lock:
                 self.calls.dense += 1
                 self.calls.why_dense[why] = self.calls.why_dense.get(why, 0) + 1
@@ -248,7 +254,7 @@ class CachedRun:
         """What each group's queries see; or why this call reads densely."""
         if self._given_up:
             return self._given_up, []
-        masks = self.masks(*args) if self.masks is not None else ()
+        looked = self.look(*args) if self.look is not None else ()
         read: dict[int, Seen | None] = {}
         seen: list[Seen] = []
         for number, group in enumerate(self.groups):
@@ -257,7 +263,7 @@ class CachedRun:
                 batch = keys.shape[0]
                 seen.append(Seen((0,) * batch, (self._length(number, args, 1) - 1,) * batch, 1))
                 continue
-            mask = masks[group.mask]
+            mask = looked[group.mask]
             if mask.shape[2] > self.most_rows:
                 return f"more than {self.most_rows} tokens at a time", []
             if group.mask not in read:
@@ -270,7 +276,25 @@ class CachedRun:
             length = self._length(number, args, found.rows)
             if length < group.page_size:
                 return f"the cache is shorter than a page of {group.page_size}", []
+        for site, first in zip(self.sites, self._first_written(args, looked), strict=True):
+            found = seen[site.group]
+            if any(s + p > first for s, p in zip(found.start, found.position, strict=True)):
+                return "the graph writes over keys that come before the query's own", []
         return "", seen
+
+    def _first_written(self, args: Sequence[Any], looked: Sequence[Tensor]) -> list[int]:
+        """For each site the first of the rows that the graph writes to its caches."""
+        numbers = sorted({place for site in self.sites for place in site.places})
+        first: dict[int, int] = {}
+        if numbers:  # one wait for all of them
+            rows = torch.stack([looked[number].amin() for number in numbers]).tolist()
+            first = dict(zip(numbers, rows, strict=True))
+        return [
+            min(first[place] for place in site.places)
+            if site.places
+            else int(args[site.keys].shape[2])
+            for site in self.sites
+        ]
 
     def _first_keys(self, group: int, args: Sequence[Any]) -> Tensor:
         site = next(site for site in self.sites if site.group == group)
@@ -291,19 +315,6 @@ class CachedRun:
             and not any(found.start)
             for group, length, found in zip(self.groups, lengths, seen, strict=True)
         ) and all(site.grown is None for site in self.sites)
-        recorded = [site for site in self.sites if site.memory.fields]
-        pairs = [(args[site.keys], args[site.values]) for site in recorded]
-        indexes, rebuilt = (
-            self.indexes.find(
-                [(site.name, site.memory, aligned) for site in recorded],
-                pairs,
-                [seen[site.group].start for site in recorded],
-                [seen[site.group].position for site in recorded],
-            )
-            if recorded
-            else ([], 0)
-        )
-        self._note(rebuilt)
         given: list[Tensor] = []
         with self._lock:
             for number, (group, found) in enumerate(zip(self.groups, seen, strict=True)):
@@ -317,20 +328,46 @@ class CachedRun:
                     tables = Tables(group, found, lengths[number], aligned, keys.device)
                     self._tables[number] = tables
                 given += tables.inputs(found)
-        of = dict(zip((site.name for site in recorded), indexes, strict=True))
-        for number in range(len(self.groups)):
-            for site in self.sites:
-                if site.group == number and site.name in of:
-                    index = of[site.name]
-                    for size in index.sizes:
-                        given += index.pools(size, lengths[number])
-        results = self.graph(aligned)(*args, *given)
-        return self._finish(results, of, seen)
+        of, records = self._records(args, seen, lengths, aligned)
+        results = self.graph(aligned)(*args, *given, *records)
+        return self._finish(args, results, of, seen)
 
-    def _finish(self, results: Any, of: dict[str, Any], seen: list[Seen]) -> Any:
+    def _records(
+        self, args: Sequence[Any], seen: list[Seen], lengths: list[int], aligned: bool
+    ) -> tuple[dict[str, CacheIndex], list[Tensor]]:
+        """The index of each site that has one, made true, and what the graph takes of them."""
+        recorded = [site for site in self.sites if site.memory.fields]
+        if not recorded:
+            return {}, []
+        given: list[Tensor] = []
+        # Other threads may look for their own caches' rows in these indexes.
+        with self.indexes.lock:
+            indexes, rebuilt = self.indexes.find(
+                [(site.name, site.memory, aligned) for site in recorded],
+                [(args[site.keys], args[site.values]) for site in recorded],
+                [seen[site.group].start for site in recorded],
+                [seen[site.group].position for site in recorded],
+                deep=any(site.layer for site in recorded),
+            )
+            of = dict(zip((site.name for site in recorded), indexes, strict=True))
+            for number in range(len(self.groups)):
+                for site in recorded:
+                    if site.group == number:
+                        index = of[site.name]
+                        for size in index.sizes:
+                            given += index.pools(size, lengths[number])
+        self._note(rebuilt)
+        return of, given
+
+    def _finish(
+        self, args: Sequence[Any], results: Any, of: dict[str, CacheIndex], seen: list[Seen]
+    ) -> Any:
         for site in self.sites:
-            if site.grown is not None and site.name in of:
-                of[site.name].bind(results[site.grown])
+            if site.name in of:
+                places = site.grown or (site.keys, site.values)
+                keys, values = ((results if site.grown else args)[place] for place in places)
+                held = [position + seen[site.group].rows for position in seen[site.group].position]
+                of[site.name].bind(keys, values, held)
         selecting = [site for site in self.sites if site.memory.selects]
         with self._lock:
             self.calls.policy += 1

@@ -80,7 +80,7 @@ def test_another_tensor_with_the_same_rows_takes_the_index_along() -> None:
     writes = []
     index.fill, fill = lambda *a: writes.append(fill(*a)), index.fill
     longer = tuple(torch.cat([x[:, :, :40], x[:, :, 40:41]], 2) for x in (keys, values))
-    index.bind(longer[0])
+    index.bind(*longer, [41])
     again, rebuilt = find(indexes, longer, [0], [41])
     assert again is index
     assert rebuilt == 0
