@@ -415,7 +415,8 @@ class Indexes:
             size = index.memory.page_size
             if any(t // size < p for t, p in zip(tokens, index.pages, strict=True)):
                 return False
-            if not any(index.pages) and index.start == list(first):
+            counted = index.versions is not None  # then the tensors themselves tell
+            if index.start == list(first) and (counted or not any(index.pages)):
                 continue
             answer = index.last_page_holds(*pair, first)
             if answer is None:
