@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from .compiler.graph_report import GraphReport
     from .compiler.report import Report
+    from .models.memory import Policy
     from .runtime.engine import Engine
 
 __version__ = "0.1.0"
@@ -23,14 +24,15 @@ __all__ = ["compile", "explain", "graphs", "invalidate", "policies"]
 
 def compile(
     model: nn.Module | ExportedProgram | str | PathLike[str],
-    policy: str | PathLike[str] = "scout",
+    policy: Policy | str | PathLike[str] = "scout",
     **options: Any,
 ) -> Engine:
     """Give every attention of `model` the memory that `policy` describes.
 
     Args:
         model: a module, an exported program, or a path to a file or folder that holds one.
-        policy: name of a memory policy, one of `policies()`, or the file of a fitted one.
+        policy: name of a memory policy, one of `policies()`, the file of a fitted one, or a
+            `memcompile.models.memory.Policy`, one of your own, say, with its fields.
         options: fields of the policy (``budget=2048``, ``page_size=64``, …), and those of
             `memcompile.compiler.pipeline.build`: ``max_context``, ``strict``, ``check``,
             ``kernels``, and for a path ``trust_pickle``, ``arch``, ``arch_config``.
@@ -43,6 +45,7 @@ def compile(
 
     Raises:
         ValueError: an unknown policy or option; the message lists the known ones.
+        TypeError: `policy` is none, or gives something else than a `Memory`.
         FileNotFoundError: `model` is a path, and nothing is there.
         NotRewritten: no attention could be rewritten (with ``strict=False``: never).
     """
@@ -54,7 +57,7 @@ def compile(
 def explain(
     model: nn.Module | ExportedProgram | str | PathLike[str],
     tokens: Tensor | None = None,
-    policy: str | PathLike[str] = "scout",
+    policy: Policy | str | PathLike[str] = "scout",
     **options: Any,
 ) -> Report:
     """What `policy` makes of each attention of `model`, and why not of the others.

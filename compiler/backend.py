@@ -19,7 +19,7 @@ from .settings import kernels as kernels_setting
 log = logging.getLogger("memcompile")
 
 # What one policy of a process has found out about caches, for as long as a graph of it lives.
-_indexes: weakref.WeakValueDictionary[str, Indexes] = weakref.WeakValueDictionary()
+_indexes: weakref.WeakValueDictionary[tuple[type, str], Indexes] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
@@ -40,7 +40,7 @@ def memcompile(
     Args:
         gm, example_inputs: what Dynamo hands to a backend.
         mode: as for Inductor, forwarded.
-        options: ``policy``, by name or file, and the fields of that policy; ``kernels`` as for
+        options: ``policy``, by name or file, and its fields, or a `Policy`; ``kernels`` as for
             `memcompile.compile`; ``decode_tokens``: calls of up to this many tokens, 16 if not
             given, read through the policy, longer ones densely.
 
@@ -50,7 +50,7 @@ def memcompile(
     """
     from torch._inductor import list_mode_options
 
-    from .policy_file import choose
+    from .policy_file import choose, policy_name
 
     given = dict(options or {})
     policy = given.pop("policy", "scout")
@@ -58,9 +58,10 @@ def memcompile(
     decode_tokens = given.pop("decode_tokens", 16)
     if type(decode_tokens) is not int or decode_tokens < 1:
         raise ValueError(f"decode_tokens is {decode_tokens!r}; give a whole number of at least 1")
-    chosen = choose(policy, given)
+    chosen = choose(policy, given, ("policy", "kernels", "decode_tokens"))
     patches = list_mode_options(mode) if mode else {}
-    report = GraphReport(str(policy), chosen.to_json())
+    name = policy_name(policy)
+    report = GraphReport(name, chosen.to_json())
     inputs = list(example_inputs)
 
     def dense() -> Callable[..., Any]:
@@ -78,17 +79,18 @@ def memcompile(
     report.kind = "cached"
     memories = {}
     for site in found.cached:
-        memory = chosen.memory(site.site.layer, 0)
+        memory = chosen.memory_at(site.site.layer, 0)
         memory.check_lowered()
         if why := unserved(memory):
             raise ValueError(
-                f"policy {policy!r} {why}; give one that selects pages (scout, hierarchical, "
+                f"policy {name!r} {why}; give one that selects pages (scout, hierarchical, "
                 "quest, window), or use memcompile.compile(model)"
             )
         memories[site.site.name] = memory
     report.sites = [site.site for site in found.cached]
     report.memories = memories
-    key = f"{chosen.to_json()}"
+    # Two policies of users' own may look alike and differ in what their classes do.
+    key = (type(chosen), f"{chosen.to_json()}")
     with _lock:
         indexes = _indexes.get(key) or Indexes()
         _indexes[key] = indexes

@@ -27,6 +27,10 @@ def check_claims(program: ExportedProgram) -> None:
         ValueError: an operation cannot be run on what it is given, or gives something else.
     """
     for name, weight, claimed in _weights(program):
+        if weight is None:
+            raise ValueError(
+                f"damaged: its graph takes the weight {name!r}, which it does not hold"
+            )
         if not _same(weight, claimed):
             raise ValueError(
                 f"damaged: the weight {name!r} is {_shown(weight)}, and its graph takes it for "

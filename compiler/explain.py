@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from ..models.memory import Policy
 from ..passes.classify_tokens import classify_tokens
 from ..passes.result import Declined, NotRewritten
 from .pipeline import Compiled, build
+from .policy_file import check_named
 from .report import Report, bytes_of
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ _READING = ("trust_pickle", "arch", "arch_config")
 def explain(
     model: nn.Module | ExportedProgram | str | PathLike[str],
     tokens: Tensor | None = None,
-    policy: str | PathLike[str] = "scout",
+    policy: Policy | str | PathLike[str] = "scout",
     *,
     repro: str | PathLike[str] | None = None,
     dump_graph: str | PathLike[str] | None = None,
@@ -35,8 +37,9 @@ def explain(
     Args:
         tokens: int64 ``[B, n]``. When given they are run twice, densely and through the policy,
             and the report notes what was read and how often both expect the same next token.
-        policy: name or file of a policy; `options` are its fields and those of `build`. With
-            ``check=True`` a self-check that fails is among the declines.
+        policy: name or file of a policy, with `options` for its fields, or a `Policy`; `options`
+            are also those of `build`. With ``check=True`` a self-check that fails is among the
+            declines.
         repro: file to write: a script that shows the first decline, or the attention `site`, by
             itself (see `compiler.repro`).
         dump_graph: file to write: a drawing of the graph around it, as SVG (see `compiler.draw`).
@@ -49,6 +52,8 @@ def explain(
     """
     if site is not None and repro is None and dump_graph is None:
         raise ValueError(f"site={site!r} says where repro= or dump_graph= cut; give one of them")
+    if repro is not None and isinstance(policy, Policy):
+        check_named(policy, "a script", "leave repro= out, or give a policy by its name")
     given: dict[str, Any] = {"strict": False, "check": False, **options}
     if tokens is None and not given["check"]:
         given["kernels"] = "off"  # nothing is run

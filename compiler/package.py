@@ -34,7 +34,7 @@ from .manifest import (
     own_version,
     read_manifest,
 )
-from .policy_file import FittedPolicy, read_policy, write_policy
+from .policy_file import FittedPolicy, check_named, read_policy, write_policy
 
 if TYPE_CHECKING:
     from ..models.memory import Preset
@@ -66,6 +66,7 @@ def write(
     out = Path(out)
     if compiled.program is None or compiled.captured is None:
         raise ValueError("nothing was rewritten, so there is no engine to write; see its declines")
+    check_named(compiled.preset, "a folder", "compile the model where it is used")
     _place(out, force, lambda folder: _fill(folder, compiled, source))
     return out
 

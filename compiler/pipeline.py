@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ..models.memory import Preset
+from ..models.memory import Policy, Preset
 from ..models.memory.spec import Memory, Pages
 from ..models.memory.state import Weights
 from ..passes.classify_tokens import Classified, classify_tokens
@@ -40,6 +40,13 @@ NORMALISE: tuple[Callable[[fx.GraphModule], PassResult], ...] = (
     strip_asserts,
     fold_attention,
     undo_repeat_kv,
+)
+
+
+# What `build` takes beside the fields of a policy.
+OPTIONS = (
+    *("max_context", "strict", "check", "kernels", "name"),
+    *("trust_pickle", "arch", "arch_config"),
 )
 
 
@@ -78,7 +85,7 @@ class Compiled:
 
 def build(
     model: nn.Module | ExportedProgram | str | os.PathLike[str],
-    policy: str | os.PathLike[str] = "scout",
+    policy: Policy | str | os.PathLike[str] = "scout",
     *,
     max_context: int | None = None,
     strict: bool = True,
@@ -94,7 +101,8 @@ def build(
 
     Args:
         model: a module, an exported program, or the path of one (see `compiler.load`).
-        policy: name of a policy, or a policy file; `options` are its fields.
+        policy: name of a policy, or a policy file; `options` are its fields. Or a `Policy`, which
+            has its fields already.
         max_context: longest context the engine will hold; preallocates the memory and resolves
             length-dependent rotary tables. None: grows.
         strict: raise when no site, or not every site, could be rewritten.
@@ -105,7 +113,7 @@ def build(
         name: what reports and errors call the model; its path's last part or its class if None.
         trust_pickle, arch, arch_config: how a path is read; see `compiler.load.load`.
     """
-    chosen = choose(policy, options)
+    chosen = choose(policy, options, OPTIONS)
     kernels = kernels_setting(kernels)
     check_context(max_context)
     if isinstance(model, str | os.PathLike):
@@ -187,7 +195,7 @@ def build_captured(
                 chosen.check(sites)
                 fitted = chosen.fitted
                 report.notes += chosen.notes(captured.program)
-            memories = {s.name: chosen.memory(s.layer, s.rule.window) for s in sites}
+            memories = {s.name: chosen.memory_at(s.layer, s.rule.window) for s in sites}
             for memory in memories.values():
                 memory.check_lowered()
         with stage(timings, "remember"):

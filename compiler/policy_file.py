@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..evaluation.records import write_whole
-from ..models.memory import Policy, preset, preset_from_json
+from ..models.memory import PRESETS, Policy, check_options, preset, preset_from_json
 from ..models.memory.spec import Memory
 from ..models.memory.state import state_weights
 from .archive import one_line
@@ -161,24 +161,95 @@ def fit(
     return FittedPolicy(chosen, mine, fitted, fingerprint(program), training or {})
 
 
-def choose(policy: str | os.PathLike[str], options: Mapping[str, Any]) -> Policy:
-    """What a user names as a policy: a preset, or a policy file.
+def choose(
+    policy: Policy | str | os.PathLike[str],
+    options: Mapping[str, Any],
+    beside: Iterable[str] = (),
+) -> Policy:
+    """What a user gives as a policy: the name of a preset, a policy file, or an object.
+
+    Args:
+        options: fields of the policy.
+        beside: names of the options that whoever asks takes beside them, for messages.
 
     Raises:
-        ValueError, FileNotFoundError: as `preset` and `read_policy`.
+        ValueError, FileNotFoundError: as `preset` and `read_policy`; or options beside an object.
+        TypeError: something else, or an object that lacks what a policy has.
     """
+    if isinstance(policy, Policy):
+        _check_own(policy)
+        if options:
+            raise ValueError(
+                f"policy is a {type(policy).__name__} and has its fields already; make it with "
+                f"{', '.join(f'{k}={v!r}' for k, v in options.items())}, and give it alone"
+            )
+        return policy
+    if not isinstance(policy, str | os.PathLike):
+        raise TypeError(f"expected a policy's name, a policy file or a Policy, {_instead(policy)}")
     if not is_file(policy):
+        check_options(str(policy), options, beside)
         return preset(str(policy), **options)
     return read_policy(Path(policy)).with_options(options)
 
 
-def is_file(policy: str | os.PathLike[str]) -> bool:
+def _check_own(policy: Policy) -> None:
+    """Refuses a policy that reports and keys could not tell from another."""
+    kind = type(policy)
+    if not dataclasses.is_dataclass(policy):
+        raise TypeError(f"{kind.__name__} is no dataclass; put @dataclass(frozen=True) above it")
+    name = getattr(policy, "preset", None)
+    if not isinstance(name, str) or not name:
+        raise TypeError(
+            f"{kind.__name__} has the name {name!r}; give it one, as in "
+            'preset: ClassVar[str] = "mine"'
+        )
+    if not isinstance(policy, FittedPolicy) and PRESETS.get(name, kind) is not kind:
+        raise ValueError(
+            f"{kind.__name__} has the name of the policy {name!r}, which it is not; give it another"
+        )
+
+
+def check_named(policy: Policy, what: str, instead: str) -> None:
+    """Refuses a policy that its JSON does not tell: a class of a user's own, or a mixture of some.
+
+    Args:
+        what, instead: what cannot hold it, and what to do.
+
+    Raises:
+        ValueError: it is one.
+    """
+    try:
+        preset_from_json(policy.to_json())
+    except ValueError as error:
+        raise ValueError(
+            f"policy {policy.preset!r} is of a class of your own, which {what} cannot hold "
+            f"({error}); {instead}"
+        ) from None
+
+
+def _instead(policy: object) -> str:
+    """What was given in a policy's place, and how it becomes one."""
+    if isinstance(policy, Memory):
+        return (
+            "got a Memory, which is of one attention: return it from memory() of a Policy of your "
+            "own"
+        )
+    if isinstance(policy, type) and issubclass(policy, Policy):
+        return f"got the class {policy.__name__}: make one, {policy.__name__}(...)"
+    return f"got {type(policy).__name__} {policy!r}"
+
+
+def is_file(policy: Policy | str | os.PathLike[str]) -> bool:
     """Whether a policy is given by its file, and not by its name."""
+    if isinstance(policy, Policy):
+        return False
     return isinstance(policy, os.PathLike) or policy.endswith(SUFFIX)
 
 
-def policy_name(policy: str | os.PathLike[str]) -> str:
+def policy_name(policy: Policy | str | os.PathLike[str]) -> str:
     """A policy's name in figures and folders: a file's without its place."""
+    if isinstance(policy, Policy):
+        return policy.preset
     return Path(policy).name.removesuffix(SUFFIX) if is_file(policy) else str(policy)
 
 

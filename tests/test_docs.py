@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import click
 import pytest
+import torch
+from transcript_case import Shell
+
+import memcompile
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -25,27 +31,54 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_commands_of_the_readme_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from memcompile.compiler.cli import main
-
+def test_the_commands_of_the_readme_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = Shell(folder, monkeypatch)
     lines = [
-        line.partition("#")[0]
+        line.partition("#")[0].strip()
         for block in blocks((ROOT / "README.md").read_text(), "bash")
         for line in block.splitlines()
-        if line.startswith("memcompile ")
+        if not line.startswith("make ")
     ]
-    assert len(lines) == 3
+    said = []
     for line in lines:
-        code = main(shlex.split(line)[1:])
-        assert code == 0, capsys.readouterr().err
+        said.append(shell.run(line))
+        assert shell.code == 0, said[-1]
+    # Built, run twice, evaluated; each said something.
+    assert [line.partition("memcompile ")[2].split()[0] for line in lines] == [
+        "models/networks/checkpoints/bytes-small",
+        *("run", "run", "eval"),
+    ]
+    assert all(said)
     assert (folder / "bytes-small.scout" / "manifest.json").is_file()
-    assert capsys.readouterr().out.strip()
+    assert (folder / "bytes-small.scout" / "report.html").is_file()
+    assert (folder / "out/table.md").is_file()
 
 
-def test_the_python_of_the_readme_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = blocks((ROOT / "README.md").read_text(), "python")
-    exec(compile(code, "README.md", "exec"), {})
-    assert "scout" in capsys.readouterr().out
+def test_the_python_of_the_readme_and_the_backend_guide_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other: they compile the same step, which takes seconds, once."""
+    torch._dynamo.reset()
+    memcompile.graphs(clear=True)
+    said = {}
+    for page in ("README.md", "docs/backend.md"):
+        code = "\n".join(blocks((ROOT / page).read_text(), "python"))
+        exec(compile(code, page, "exec"), {})
+        said[page] = capsys.readouterr().out
+    assert "policy scout: bytes that a step reads" in said["README.md"]
+    assert "4 of 4 attentions read their cache through policy 'scout'" in said["README.md"]
+    assert "calls: 9 through the policy, 0 dense" in said["docs/backend.md"]
+
+
+def test_the_policy_of_ones_own_in_the_memory_guide_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = (ROOT / "docs/memory.md").read_text().partition("### A policy of your own")[2]
+    code = blocks(section, "python")[0]
+    # A dataclass looks its module up.
+    monkeypatch.setitem(sys.modules, "memory_md", types.ModuleType("memory_md"))
+    exec(compile(code, "memory.md", "exec"), {"__name__": "memory_md"})
+    assert "policy ends" in capsys.readouterr().out
 
 
 def test_the_command_of_the_evaluation_guide_runs(

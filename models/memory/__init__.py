@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .dense import Dense
@@ -12,7 +13,7 @@ from .heavy_hitter import HeavyHitter
 from .hierarchical import Hierarchical
 from .hybrid import Hybrid
 from .mixture import Mixture
-from .names import known
+from .names import known, nearest
 from .policy import Policy
 from .quest import Quest
 from .scout import Scout
@@ -31,6 +32,7 @@ __all__ = [
     "Quest",
     "Recent",
     "Scout",
+    "check_options",
     "parse_policy",
     "parse_value",
     "preset",
@@ -53,17 +55,32 @@ def preset(name: str, **options: Any) -> Policy:
     Raises:
         ValueError: unknown name or option (the known ones are listed), or a value out of range.
     """
+    check_options(name, options)
+    return PRESETS[name](**options)
+
+
+def check_options(name: str, options: Mapping[str, Any], beside: Iterable[str] = ()) -> None:
+    """Refuses options that the preset called `name` does not have, and texts that are none.
+
+    Args:
+        beside: what else whoever was asked takes, for the message.
+
+    Raises:
+        ValueError: unknown name or option (the closest and all known ones are named), or a value
+            that should be a text.
+    """
     known("policy", name, PRESETS)
     kind = PRESETS[name]
-    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    fields = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     types = typing.get_type_hints(kind)
     for option, value in options.items():
-        if option not in names:
-            raise ValueError(f"policy {name!r} has no option {option!r}; known: {', '.join(names)}")
+        if option not in fields:
+            raise ValueError(
+                f"policy {name!r} has no option {option!r}; {nearest(option, [*fields, *beside])}"
+            )
         # Numbers are checked where their range is.
         if types[option] is str and not isinstance(value, str):
             raise ValueError(f"{option} must be a text, got {value!r}")
-    return kind(**options)
 
 
 def preset_from_json(data: dict[str, Any]) -> Policy:

@@ -9,11 +9,16 @@ from typing import Any
 def known(what: str, given: object, names: Any) -> None:
     """Refuses a name that is not in `names`, with the closest one and all of them."""
     if given not in [*names]:
-        listed = [str(name) for name in names]
-        word = given if isinstance(given, str) else ""
-        close = difflib.get_close_matches(word, listed, n=1, cutoff=0.7)
-        guess = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown {what} {given!r}; {guess}known: {', '.join(listed)}")
+        raise ValueError(f"unknown {what} {given!r}; {nearest(given, names)}")
+
+
+def nearest(given: object, names: Any) -> str:
+    """The end of a message about an unknown name: the closest one, and all of them."""
+    listed = [str(name) for name in names]
+    word = given if isinstance(given, str) else ""
+    close = difflib.get_close_matches(word, listed, n=1, cutoff=0.7)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    return f"{guess}known: {', '.join(listed)}"
 
 
 def whole(what: str, given: object, least: int) -> None:

@@ -22,6 +22,20 @@ class Policy(ABC):
     def memory(self, layer: int, window: int) -> Memory:
         """The memory of the site at `layer` whose own sliding window is `window` (0 = none)."""
 
+    def memory_at(self, layer: int, window: int) -> Memory:
+        """`memory`, of which a reader may rely on what it gives.
+
+        Raises:
+            TypeError: a policy of a user's own gave something else.
+        """
+        memory = self.memory(layer, window)
+        if not isinstance(memory, Memory):
+            raise TypeError(
+                f"policy {self.preset!r} gives the attention at layer {layer} "
+                f"{type(memory).__name__}, {memory!r}; its memory() has to return a Memory"
+            )
+        return memory
+
     def for_layers(self, names: Sequence[str]) -> Self:
         """The policy for a model whose attentions have these names, in order.
 

@@ -112,7 +112,7 @@ def test_found_by_name():
 
 def test_unknown_options_are_refused():
     fast = torch.compile(Decoder(0), backend=memcompile, options={"polic": "scout"})
-    with pytest.raises(Exception, match="known: budget"):
+    with pytest.raises(Exception, match="did you mean 'policy'\\? known: budget"):
         fast(torch.randint(29, (2, 9)))
 
 

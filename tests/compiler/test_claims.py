@@ -95,6 +95,15 @@ def test_a_weight_of_another_shape_is_named() -> None:
         check_claims(program)
 
 
+@pytest.mark.parametrize("name", ["mix.bias", "table"])
+def test_a_weight_that_is_not_there_is_named(name: str) -> None:
+    program = exported()
+    for held in (program.state_dict, program.constants):
+        held.pop(name, None)
+    with pytest.raises(ValueError, match=f"its graph takes the weight {name!r}, which it does"):
+        check_claims(program)
+
+
 def test_a_pickle_named_safetensors_is_told_by_its_content(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     torch.save({"w": Touch(tmp_path / "marker")}, path)

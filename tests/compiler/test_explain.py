@@ -110,6 +110,6 @@ def test_unknown_names_are_refused_with_the_known_ones(call: object, network: Pa
         call(Path("nowhere"))
 
 
-def test_the_face_lists_the_policies_and_nothing_else() -> None:
+def test_the_face_lists_the_policies_and_has_nothing_else() -> None:
     assert memcompile.policies() == sorted(PRESETS)
-    assert sorted(memcompile.__all__) == ["compile", "explain", "policies"]
+    assert sorted(memcompile.__all__) == ["compile", "explain", "graphs", "invalidate", "policies"]

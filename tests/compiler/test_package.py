@@ -22,6 +22,7 @@ from memcompile.compiler.archive import read_program
 from memcompile.compiler.package import open_engine, write
 from memcompile.compiler.pipeline import Compiled, build
 from memcompile.compiler.report import Report
+from memcompile.models.memory import preset
 
 IDS = torch.arange(1, 11).repeat(5)[None]
 
@@ -134,7 +135,7 @@ def test_every_kind_of_weight_comes_back(tmp_path: Path) -> None:
     fake: Any = SimpleNamespace(
         captured=SimpleNamespace(program=program, name="Awkward", takes_position_ids=True),
         program=SimpleNamespace(max_context=None),
-        preset=SimpleNamespace(to_json=dict),
+        preset=preset("dense"),
         report=Report("Awkward", "dense"),
         sites=[],
     )
@@ -288,7 +289,7 @@ def test_a_weight_that_cannot_be_written_is_named(compiled: Compiled, tmp_path: 
     captured = SimpleNamespace(
         program=SimpleNamespace(state_dict={"w": torch.eye(2).to_sparse()}, constants={})
     )
-    fake: Any = SimpleNamespace(program=compiled.program, captured=captured)
+    fake: Any = SimpleNamespace(program=compiled.program, captured=captured, preset=preset("dense"))
     with pytest.raises(ValueError, match="weight 'w' is a Tensor; only dense tensors"):
         write(tmp_path / "out", fake)
     assert not list(tmp_path.iterdir())
