@@ -103,8 +103,9 @@ def graphs(*, clear: bool = False) -> list[GraphReport]:
 def invalidate(cache: Any) -> int:
     """Forget what the backend knows of a cache that was changed behind its back.
 
-    A cache that was cropped, reordered, reset or filled anew is noticed; single keys or values
-    that were overwritten in the midst of a context are not.
+    What torch counts as a write is noticed: a cache that was cropped, reordered, reset, filled anew
+    or overwritten in part. Not noticed are writes past that count (through `.data`, numpy or a
+    pointer), and single keys or values of inference tensors overwritten in the midst of a context.
 
     Args:
         cache: a cache of transformers, or the tensors of one, in any nesting of lists and tuples.
