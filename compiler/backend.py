@@ -195,5 +195,6 @@ def _compiled(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) ->
         compiled = compile_fx(gm, inputs, config_patches=patches)
     if mode.shape_env is not None and len(mode.shape_env.guards) > guards:
         # It holds for some sizes only, and nothing would notice the others.
+        log.info("a graph runs uncompiled: compiled late, it would hold for some sizes only")
         return cast(Callable[..., Any], gm)
     return cast(Callable[..., Any], compiled)

@@ -66,6 +66,8 @@ def normal_form(gm: fx.GraphModule) -> fx.GraphModule | None:
         )(*inputs)
     assert isinstance(traced, fx.GraphModule)
     for old, new in zip(placeholders, traced.graph.nodes, strict=False):
+        given = old.meta.get("grapharg")
+        new.meta["source"] = given.source.name if given is not None else ""
         new.meta["parameter"] = isinstance(old.meta.get("example_value"), torch.nn.Parameter)
     return traced
 

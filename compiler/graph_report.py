@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..models.memory.spec import Memory
+from ..passes.find_cached import NO_CACHE
 from ..passes.result import Declined, Site
 from ..runtime.cached_run import Calls
 from .report import Lowered, describe
@@ -60,11 +61,16 @@ class GraphReport:
                 if self.attentions
                 else ""
             )
+        stopped = [d.reason for d in self.declined if d.rule == "find_cached"]
+        other = [reason for reason in stopped if reason != NO_CACHE]
+        if self.kind == "cacheless" and other:
+            return f"{self.attentions} attentions stay dense: {other[0]}"
         if self.kind == "cacheless":
             return (
-                f"{self.attentions} attentions in a graph without a cache stay dense: policy "
-                f"{self.policy!r} has nothing to remember between calls. Give the model a cache "
-                "(past_key_values), or use memcompile.compile(model) for an engine with a memory"
+                f"{self.attentions} attentions in a graph without a cache stay dense, as those of "
+                f"a prefill do: policy {self.policy!r} has nothing to remember between calls. Give "
+                "the model a cache (past_key_values), or use memcompile.compile(model) for an "
+                "engine with a memory"
             )
         if self.kind == "hidden":
             return (
@@ -74,7 +80,7 @@ class GraphReport:
             )
         if self.kind == "cached":
             left = self.attentions - self.rewritten
-            rest = f"; {left} stay dense: {self.declined[0].reason}" if left else ""
+            rest = f"; {left} stay dense: {(other or stopped)[0]}" if left else ""
             return (
                 f"{self.rewritten} of {self.attentions} attentions read their cache through "
                 f"policy {self.policy!r}{rest}"

@@ -66,6 +66,9 @@ class _Append:
         return self.node.target is aten.cat.default
 
 
+NO_CACHE = "its keys and values are no cache that the graph appends to"
+
+
 def find_cached(module: fx.GraphModule) -> tuple[list[CachedSite], list[Declined]]:
     """The attentions whose keys and values are a cache with the call's tokens appended.
 
@@ -84,7 +87,7 @@ def find_cached(module: fx.GraphModule) -> tuple[list[CachedSite], list[Declined
         rows = extent(node.args[0].meta["val"].shape[2])  # type: ignore[union-attr]
         caches = [_appended(node.args[i], rows) for i in (1, 2)]
         if None in caches:
-            reason = "its keys and values are no cache that the graph appends to"
+            reason = NO_CACHE
         keys, values = caches
         if keys is not None and values is not None:
             reason = _unfit(node, keys, values)
@@ -99,7 +102,7 @@ def find_cached(module: fx.GraphModule) -> tuple[list[CachedSite], list[Declined
         mask = argument(node, "mask")
         site = Site(
             name=name,
-            layer=_layer(base, order),
+            layer=_layer(base, keys.cache, order),
             node=node.name,
             heads=int(query.shape[1]),
             kv_heads=int(key.shape[1]),
@@ -126,10 +129,12 @@ def find_cached(module: fx.GraphModule) -> tuple[list[CachedSite], list[Declined
     return found, declined
 
 
-def _layer(path: str, order: int) -> int:
-    """The layer that a module path names; a graph break leaves one attention a graph."""
-    number = re.search(r"\.(\d+)(\.|$)", path)
-    return int(number[1]) if number else order
+def _layer(path: str, cache: fx.Node, order: int) -> int:
+    """The layer that a module's path names, or else the place the cache was taken from: graph
+    breaks leave one attention a graph, within it perhaps."""
+    texts = (path, r"\.(\d+)(?:\.|$)"), (str(cache.meta.get("source", "")), r"layers\[(\d+)\]")
+    numbers = [re.search(pattern, text) for text, pattern in texts]
+    return next((int(number[1]) for number in numbers if number), order)
 
 
 def _appended(node: object, rows: sympy.Expr) -> _Append | None:

@@ -23,6 +23,8 @@ from .cache_index import CacheIndex, Indexes
 log = logging.getLogger("memcompile")
 # Calls in a row that found their caches changed, after which a graph reads them densely.
 GIVE_UP_AFTER = 4
+# Calls that it does so for, before it looks again.
+REST = 64
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ class CachedRun:
         self._tables: dict[int, Tables] = {}
         self._changed = 0
         self._given_up = ""
+        self._resting = 0
 
     def __call__(self, *args: Any) -> Any:
         why, seen = self._look(args)
@@ -253,7 +256,12 @@ class CachedRun:
     def _look(self, args: Sequence[Any]) -> tuple[str, list[Seen]]:
         """What each group's queries see; or why this call reads densely."""
         if self._given_up:
-            return self._given_up, []
+            why = self._given_up
+            with self._lock:
+                self._resting -= 1
+                if self._resting <= 0:
+                    self._given_up = ""
+            return why, []
         looked = self.look(*args) if self.look is not None else ()
         read: dict[int, Seen | None] = {}
         seen: list[Seen] = []
@@ -388,9 +396,10 @@ class CachedRun:
             self.calls.rebuilt += rebuilt
             self._changed = self._changed + 1 if rebuilt else 0
             if self._changed > GIVE_UP_AFTER and not self._given_up:
+                self._resting = REST
                 self._given_up = (
-                    f"its caches had changed before {self._changed} calls in a row, so their "
-                    "indexes never hold"
+                    f"its caches had changed before {GIVE_UP_AFTER + 1} calls in a row, so their "
+                    f"indexes never hold: the next {REST} calls read densely"
                 )
                 log.info(
                     "a graph of %d attentions reads densely: %s", len(self.sites), self._given_up

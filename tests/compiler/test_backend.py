@@ -45,7 +45,7 @@ def test_a_graph_with_a_number_that_only_a_run_knows_stays_dense_and_says_so(cap
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_graph_without_a_cache_stays_dense_and_says_so(dynamic, caplog):
-    told = "1 attentions in a graph without a cache stay dense"
+    told = "1 attentions in a graph without a cache stay dense, as those of"
     model, given = Decoder(0), torch.randint(29, (2, 9))
     fast = torch.compile(model, backend=memcompile, dynamic=dynamic, options={"budget": 1024})
     with torch.no_grad(), caplog.at_level(logging.INFO, "memcompile"):
