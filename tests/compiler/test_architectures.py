@@ -124,6 +124,7 @@ ALL = {
 }
 
 
+@pytest.mark.long  # two minutes; each kernel has tests of its own, each memory one on references
 def test_generated_kernels_serve_every_architecture_in_one_model() -> None:
     torch.manual_seed(1)
     config = LlamaConfig(**{**LLAMA, "num_hidden_layers": 7})

@@ -24,6 +24,7 @@ def llama():
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.long
 def test_from_module_to_running_engine(llama):
     from memcompile.compiler.pipeline import build
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import memcompile
@@ -12,6 +13,7 @@ from memcompile.models.networks import induction
 LENGTH = 32 * 1024
 
 
+@pytest.mark.long  # the demo asks the same of the same network, and is a test too
 def test_retrieval_is_exact_at_a_sixteenth_of_the_pages(tmp_path: Path) -> None:
     folder = induction.save(tmp_path / "induction")
     engine = memcompile.compile(folder, "scout", budget=2048, dense_layers=0)

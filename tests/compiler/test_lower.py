@@ -87,7 +87,11 @@ def tokens(batch: int, n: int) -> torch.Tensor:
     return torch.randint(VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.float16, marks=pytest.mark.long), torch.bfloat16],
+    ids=str,
+)
 def test_the_dense_engine_is_the_forward_however_calls_are_split(dtype: torch.dtype) -> None:
     model, compiled = decoder(dtype), built("dense", dtype)
     assert compiled.report.lowered.inductor == {"dense": "lowered", "policy": "lowered"}

@@ -63,7 +63,11 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    # Every second one in the gate.
+    [n if i % 2 else pytest.param(n, marks=pytest.mark.long) for i, n in enumerate(NETWORKS)],
+)
 def test_dense_is_eager(name: str) -> None:
     config = getattr(transformers, f"{name}Config")(**NETWORKS[name])
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()

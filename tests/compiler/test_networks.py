@@ -140,7 +140,7 @@ def test_dense_is_eager_at_odd_chunks(name: str, batch: int) -> None:
 
 
 @SITES
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_dense_is_eager_token_by_token(name: str, batch: int) -> None:
     compiled, model = dense(name)
     tokens = random_tokens(VOCABULARY, batch, 23, seed=9)

@@ -153,14 +153,14 @@ def test_a_reordered_batch_keeps_its_records() -> None:
 
 def test_indexes_go_with_their_caches() -> None:
     indexes = Indexes()
-    pair = cache(1, 640)
-    find(indexes, pair, [0], [640])
+    pair = cache(1, 160)
+    find(indexes, pair, [0], [160])
     one = indexes.nbytes
     assert one > 0
     for seed in range(5):
-        pair = cache(1, 640, seed)
+        pair = cache(1, 160, seed)
         gc.collect()
-        find(indexes, pair, [0], [640])
+        find(indexes, pair, [0], [160])
     assert indexes.nbytes <= 2 * one
 
 

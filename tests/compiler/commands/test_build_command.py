@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,14 @@ def filled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "_fill", fill)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Whoever started the tests in the background may have let them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("earlier", [False, True], ids=["new", "replaced"])
 @pytest.mark.parametrize("moment", ["writing", "between", "after"])
@@ -253,6 +262,7 @@ def test_a_signal_leaves_nothing_half_done(
     network: Path,
     built_once: None,
     filled_at_once: None,
+    interruptible: None,
     monkeypatch: pytest.MonkeyPatch,
     number: int,
     code: int,
