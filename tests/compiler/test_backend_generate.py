@@ -422,6 +422,18 @@ def test_indexes_go_with_their_caches(uncompiled: None) -> None:
     assert 0 < sizes[-1] <= 2 * sizes[0]
 
 
+def test_autocast(uncompiled: None) -> None:
+    """What autocast casts is cast once: the cache is bfloat16, as eager's is."""
+    eager, ours = pair("llama", DENSE)
+    ids = prompt(2, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, got = (stepped(model, "dynamic", ids, 30) for model in (eager, ours))
+    truth = stepped(eager.double(), "dynamic", ids, 30)
+    assert plain.dtype == got.dtype
+    assert_close_to_float64(got.bfloat16(), plain.bfloat16(), truth, reduction=40)
+    assert all(graph.rewritten == 2 for graph in rewritten())
+
+
 # --- one process ---
 
 
