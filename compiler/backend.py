@@ -150,15 +150,22 @@ def _find(gm: fx.GraphModule, report: GraphReport) -> Found | None:
 
     try:
         normal = normal_form(gm)
-    except DataDependentOutputException as reason:
+        if normal is None:
+            report.attentions = _count(gm)
+            return None
+        found = find(normal)
+    except Exception as reason:  # any operation of any user's graph is traced here
         report.attentions = _count(gm)
         report.kind = "hidden"
-        report.notes.append(" ".join(str(reason).split("Original traceback")[0].split()))
+        text = " ".join(str(reason).split("Original traceback")[0].split())
+        if isinstance(reason, DataDependentOutputException):
+            text = (
+                "it computes with a number that only a run knows. With dynamic=True every number "
+                "of a module is one, an attention's scale too: leave dynamic out, sizes that "
+                f"change are found without it ({text})"
+            )
+        report.notes.append(text or type(reason).__name__)
         return None
-    if normal is None:
-        report.attentions = _count(gm)
-        return None
-    found = find(normal)
     report.attentions = found.attentions
     report.declined = found.declined
     return found

@@ -128,9 +128,8 @@ def cached_run(
         module, _ = _folded(normal, {site.folds for site in found.cached})
         with torch.no_grad():
             made = read_cached(module, found.cached, memories, aligned)
-        told = (
-            Lowered() if lowered.kernels else lowered
-        )  # once, though a graph may come in two forms
+        # Told once, though a graph may come in two forms.
+        told = Lowered() if lowered.kernels else lowered
         if kernels == "off":
             told.references = ["kernels=off"]
         else:

@@ -74,9 +74,8 @@ class GraphReport:
             )
         if self.kind == "hidden":
             return (
-                f"{self.attentions} attentions stay dense: the graph computes with a number that "
-                "only a run knows. With dynamic=True every number of a module is one, an "
-                "attention's scale too: leave dynamic out, sizes that change are found without it"
+                f"{self.attentions} attentions stay dense: the graph could not be looked into: "
+                f"{self.notes[0]}"
             )
         if self.kind == "cached":
             left = self.attentions - self.rewritten
@@ -117,7 +116,7 @@ class GraphReport:
             lines += [f"dense, {count} times: {why}" for why, count in calls.why_dense.items()]
             if calls.rebuilt:
                 lines.append(f"records written again for changed caches: {calls.rebuilt}")
-        return "\n".join([*lines, *self.lowered.lines(), *(f"note: {n}" for n in self.notes)])
+        return "\n".join([*lines, *self.lowered.lines()])
 
 
 def remember_report(report: GraphReport) -> None:

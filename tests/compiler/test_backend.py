@@ -10,6 +10,7 @@ import torch
 from tolerance import assert_close_to_float64
 
 from memcompile import graphs, invalidate
+from memcompile.compiler import backend
 from memcompile.compiler.backend import memcompile
 from memcompile.models.networks.decoders import Decoder
 
@@ -39,8 +40,21 @@ def test_a_graph_with_a_number_that_only_a_run_knows_stays_dense_and_says_so(cap
     with torch.no_grad(), caplog.at_level(logging.INFO, "memcompile"):
         got, expected = fast(given), model(given)
     assert_close_to_float64(got, expected, model(given.double()), reduction=72)
-    assert "1 attentions stay dense: the graph computes with a number that only" in caplog.text
+    assert "1 attentions stay dense: the graph could not be looked into: it computes" in caplog.text
+    assert "leave dynamic out" in str(graphs()[-1])
     assert (graphs()[-1].kind, graphs()[-1].attentions) == ("hidden", 1)
+
+
+def test_a_graph_that_cannot_be_traced_stays_dense_and_says_so(caplog, monkeypatch):
+    def fails(gm):
+        raise NotImplementedError("no rule for this operation")
+
+    monkeypatch.setattr(backend, "normal_form", fails)
+    model, given = Scaled(), torch.randn(1, 2, 9, 8)
+    with torch.no_grad(), caplog.at_level(logging.INFO, "memcompile"):
+        got = torch.compile(model, backend=memcompile)(given)
+    assert_close_to_float64(got, model(given), model(given.double()), reduction=72)
+    assert "could not be looked into: no rule for this operation" in caplog.text
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
