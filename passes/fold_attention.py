@@ -254,7 +254,7 @@ def _leads_to_product(node: Any) -> bool:
             return False
         if node.target in (*_MATMUL, aten.baddbmm.default, aten.einsum.default):
             shape = extents(node)
-            token_sized = bool(shape[-1].free_symbols) or _all_sizes_known(node.graph)
+            token_sized = bool(shape[-1].free_symbols) or _tokens_are_fixed(node.graph)
             return len(shape) >= 3 and token_sized
         if node.target in (aten.where.self, aten.where.ScalarOther):
             node = node.args[1]
@@ -264,11 +264,11 @@ def _leads_to_product(node: Any) -> bool:
     return False
 
 
-def _all_sizes_known(graph: fx.Graph) -> bool:
-    """Whether no input has a symbolic size, so that none can be told for tokens."""
-    fakes = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder"]
-    tensors = [fake for fake in fakes if isinstance(fake, torch.Tensor)]
-    return not any(extent(size).free_symbols for fake in tensors for size in fake.shape)
+def _tokens_are_fixed(graph: fx.Graph) -> bool:
+    """Whether the graph is of one number of tokens, so that no axis can be told for theirs. Other
+    sizes may be symbolic all the same: a cache's, a mask's."""
+    tokens = next((n for n in graph.nodes if n.op == "placeholder" and _is_matrix(n)), None)
+    return tokens is None or not extents(tokens)[1].free_symbols
 
 
 def _take_baddbmm(node: fx.Node, found: _Logits) -> None:

@@ -298,6 +298,20 @@ def test_attention_spelled_out_with_a_mask_that_folding_makes() -> None:
     assert reports()[-1].calls.policy == 1
 
 
+def test_attention_spelled_out_beside_a_size_that_varies() -> None:
+    """Dynamo lets the mask's length vary before the cache's."""
+
+    def masked(q, keys, values, k, v, at, seen_keys):
+        mask = torch.where(seen_keys[:, None, None, : keys.shape[2]], 0.0, -1e9)
+        return spelled_out(q, keys, values, k, v, at, mask)
+
+    given_ = [normal(1, HEADS, 1, KEY), normal(1, KV, 64, KEY), normal(1, KV, 64, VALUE)]
+    new = [normal(1, KV, 1, KEY), normal(1, KV, 1, VALUE), torch.tensor([40])]
+    shown = torch.arange(70)[None] <= 40
+    torch._dynamo.mark_dynamic(shown, 1)
+    assert len(found_in(masked, *given_, *new, shown).cached) == 1
+
+
 class Layer:
     def __init__(self) -> None:
         self.keys, self.values = normal(1, KV, 64, KEY), normal(1, KV, 64, VALUE)
