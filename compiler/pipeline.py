@@ -19,6 +19,7 @@ from ..passes.classify_tokens import Classified, classify_tokens
 from ..passes.find_branches import find_branches, keeps_guards
 from ..passes.find_sites import find_sites
 from ..passes.fold_attention import fold_attention
+from ..passes.graph_tools import argument
 from ..passes.remember import StepGraph, decline_step, remember
 from ..passes.result import Declined, NotRewritten, PassResult, Site
 from ..passes.strip_asserts import strip_asserts
@@ -355,9 +356,10 @@ def vocabulary(module: fx.GraphModule, classified: Classified) -> int:
     """Rows of the table that the tokens index."""
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.embedding.default:
-            indices = classified.values[node.args[1]]
+            table, given = argument(node, "weight"), argument(node, "indices")
+            indices = classified.values.get(given)
             if isinstance(indices, Value) and indices.kind is Kind.LOCAL:
-                return int(node.args[0].meta["val"].shape[0])
+                return int(table.meta["val"].shape[0])
     output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
     return int(output.args[0].meta["val"].shape[-1])
 

@@ -352,8 +352,13 @@ def _check_tensors(
             f"the memory {memory.name!r}"
         )
     # Shapes alone: a damaged file may claim any number of heads.
-    with torch.device("meta"):
-        wanted = state_weights(memory, facts["heads"], facts["kv_heads"], facts["key_dim"])
+    try:
+        with torch.device("meta"):
+            wanted = state_weights(memory, facts["heads"], facts["kv_heads"], facts["key_dim"])
+    except RuntimeError as error:  # more elements than a tensor can have
+        raise ValueError(
+            f"the site {name!r} has {_spelled(facts)}, which no attention has"
+        ) from error
     if tensors.keys() != wanted.keys():
         raise ValueError(
             f"the site {name!r} has the tensors {_names(tensors)}; its state has {_names(wanted)}"

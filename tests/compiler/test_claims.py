@@ -88,6 +88,17 @@ def test_what_export_writes_is_what_it_claims() -> None:
     check_claims(exported())
 
 
+def test_an_embedding_may_take_its_tokens_by_name(clean: Entries, tmp_path: Path) -> None:
+    def named(data: Any) -> None:
+        nodes(data, "embedding")["inputs"][1]["kind"] = 2  # a keyword
+
+    entries = dict(clean)
+    edit(entries, PROGRAM, named)
+    program = load(write_entries(entries, tmp_path / "model.pt2")).model
+    compiled = build(program, "dense", check=False, kernels="off", strict=False)
+    assert compiled.program is not None and compiled.program.vocabulary == 11
+
+
 def test_a_weight_of_another_shape_is_named() -> None:
     program = exported()
     program.state_dict["mix.bias"] = torch.zeros(3)
@@ -149,7 +160,16 @@ def test_a_policy_of_numbers_where_texts_belong() -> None:
         preset("scout", score=1)
 
 
-def test_a_policy_file_that_claims_many_heads_takes_no_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("claim", "value", "told"),
+    [
+        ("heads", 1 << 40, r"cannot be used: .*expected \[1099511627776, "),
+        ("key_dim", 1 << 31, r"cannot be used: .*which no attention has"),
+    ],
+)
+def test_a_policy_file_that_claims_too_much_takes_no_memory(
+    claim: str, value: int, told: str, tmp_path: Path
+) -> None:
     path = tmp_path / "p.safetensors"
     bare = build(exported(), "hybrid", state_layers=(0,), window=8, page_size=8, kernels="off")
     (site,) = bare.sites
@@ -160,11 +180,11 @@ def test_a_policy_file_that_claims_many_heads_takes_no_memory(tmp_path: Path) ->
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     about = json.loads(header["__metadata__"]["memcompile-policy"])
-    about["sites"][site.name]["heads"] = 1 << 40
+    about["sites"][site.name][claim] = value
     header["__metadata__"]["memcompile-policy"] = json.dumps(about)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    with pytest.raises(ValueError, match=r"cannot be used: .*expected \[1099511627776, "):
+    with pytest.raises(ValueError, match=told):
         read_policy(path)
 
 
