@@ -21,10 +21,16 @@ def nearest(given: object, names: Any) -> str:
     return f"{guess}known: {', '.join(listed)}"
 
 
+# Positions are int32, and so is every count of tokens, pages and layers.
+LARGEST = 2**31 - 1
+
+
 def whole(what: str, given: object, least: int) -> None:
-    """Refuses anything but an int (a bool is not one) that is at least `least`."""
+    """Refuses anything but an int (a bool is not one) from `least` to `LARGEST`."""
     if not isinstance(given, int) or isinstance(given, bool) or given < least:
         raise ValueError(f"{what} must be a whole number of at least {least}, got {given!r}")
+    if given > LARGEST:
+        raise ValueError(f"{what} must be at most {LARGEST}: positions are 32 bit; got {given!r}")
 
 
 def number(what: str, given: object, low: float, high: float) -> None:

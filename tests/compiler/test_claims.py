@@ -99,6 +99,12 @@ def test_an_embedding_may_take_its_tokens_by_name(clean: Entries, tmp_path: Path
     assert compiled.program is not None and compiled.program.vocabulary == 11
 
 
+@pytest.mark.parametrize("policy", ["window", "scout", "hierarchical"])
+def test_a_number_that_no_position_reaches_is_refused(policy: str) -> None:
+    with pytest.raises(ValueError, match=r"window must be at most 2147483647: positions are 32"):
+        preset(policy, window=1 << 64).memory(9, 0)
+
+
 def test_a_weight_of_another_shape_is_named() -> None:
     program = exported()
     program.state_dict["mix.bias"] = torch.zeros(3)
