@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .archive import one_line
@@ -67,8 +67,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _check_file(folder: Path, name: str, told: Any) -> None:
     file = folder / name
-    if Path(name).name != name or not isinstance(told, dict):
+    # Names are relative and lead nowhere else, whatever the system makes of a backslash or a link.
+    plain = name == PurePosixPath(name).as_posix() and not {*"\\:\0"} & {*name}
+    inside = plain and name[0] not in "/." and ".." not in PurePosixPath(name).parts
+    if not inside or not isinstance(told, dict):
         raise ValueError(f"{folder / MANIFEST}: damaged: it lists the file {name!r}")
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{file}: a link that leads out of {folder}; its files lie in it")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing; {MANIFEST} lists it")
     size = file.stat().st_size
@@ -106,6 +111,12 @@ def is_package(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def files_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of every file in a folder and below, by its path there."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): facts(path) for path in found}
 
 
 def facts(file: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from .manifest import (
     REPORT,
     VERSION,
     WEIGHTS,
-    facts,
+    files_in,
     is_package,
     own_version,
     read_manifest,
@@ -40,14 +40,21 @@ if TYPE_CHECKING:
     from ..models.memory import Preset
     from ..runtime.engine import Engine
     from .capture import Captured
+    from .export.targets import Binaries
     from .pipeline import Compiled
     from .report import Report
 
 _POLICY = "policy.safetensors"
+KERNELS = "kernels"  # folder of binaries for other machines
 
 
 def write(
-    out: str | Path, compiled: Compiled, *, source: Path | None = None, force: bool = False
+    out: str | Path,
+    compiled: Compiled,
+    *,
+    source: Path | None = None,
+    force: bool = False,
+    binaries: Sequence[Binaries] = (),
 ) -> Path:
     """Writes a compiled model to the folder `out`, which appears complete or not at all.
 
@@ -57,6 +64,7 @@ def write(
         source: the folder the model came from; the files of its tokenizer are copied.
         force: replace `out` if it is a folder that memcompile wrote. The old one stays until the
             new one is complete.
+        binaries: kernels for other machines (see `export.targets`), which go to `kernels/`.
 
     Raises:
         FileExistsError: `out` exists, and `force` is not given or it holds something else.
@@ -67,7 +75,7 @@ def write(
     if compiled.program is None or compiled.captured is None:
         raise ValueError("nothing was rewritten, so there is no engine to write; see its declines")
     check_named(compiled.preset, "a folder", "compile the model where it is used")
-    _place(out, force, lambda folder: _fill(folder, compiled, source))
+    _place(out, force, lambda folder: _fill(folder, compiled, source, binaries))
     return out
 
 
@@ -81,7 +89,7 @@ def write_refusal(out: str | Path, report: Report, *, force: bool = False) -> Pa
 
     def fill(folder: Path) -> None:
         _fill_report(folder, report)
-        files = {file.name: facts(file) for file in sorted(folder.iterdir())}
+        files = files_in(folder)
         about = {"format": FORMAT, "version": VERSION, "memcompile": own_version()}
         manifest = {**about, "model": report.model, "refused": True, "files": files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -229,7 +237,9 @@ def open_compiled(path: str | Path, kernels: str | None = None) -> Compiled:
     return compiled
 
 
-def _fill(folder: Path, compiled: Compiled, source: Path | None) -> None:
+def _fill(
+    folder: Path, compiled: Compiled, source: Path | None, binaries: Sequence[Binaries]
+) -> None:
     captured = compiled.captured
     assert compiled.program is not None and captured is not None
     weights = {**captured.program.state_dict, **captured.program.constants}
@@ -241,6 +251,10 @@ def _fill(folder: Path, compiled: Compiled, source: Path | None) -> None:
     _fill_report(folder, compiled.report)
     for file in tokenizer_files(source) if source is not None and source.is_dir() else []:
         shutil.copyfile(file, folder / file.name)
+    if binaries:
+        from .export.kernel_folder import write_kernels
+
+        write_kernels(folder / KERNELS, binaries)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -252,7 +266,7 @@ def _fill(folder: Path, compiled: Compiled, source: Path | None) -> None:
         "max_context": compiled.program.max_context,
         "sites": [site.to_json() for site in compiled.sites],
         "weights": layout,
-        "files": {file.name: facts(file) for file in sorted(folder.iterdir())},
+        "files": files_in(folder),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 

@@ -1,0 +1,1 @@
+"""What leaves Python behind: engines and kernels for other runtimes."""
