@@ -23,7 +23,7 @@ from .blocks import launches
 from .bundle import folder_of
 
 # A process takes a second or two to start, which is what a few kernels take to compile.
-LEAST_JOBS = 3
+LEAST_JOBS = 4
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,11 @@ class _Pool:
         waiting = deque(jobs)
         answers: dict[Job, Path | NotCovered] = {}
         workers: list[_Worker] = []
+        # Triton keeps what it compiles, too: once is enough.
+        scratch = tempfile.TemporaryDirectory(prefix="memcompile-")
         try:
             for _ in range(self.count):
-                workers.append(_Worker(waiting, self.finished))
+                workers.append(_Worker(waiting, self.finished, scratch.name))
             while len(answers) < len(jobs):
                 job, answer = self.finished.get()
                 if isinstance(answer, Exception) and not isinstance(answer, NotCovered):
@@ -97,15 +99,19 @@ class _Pool:
             waiting.clear()
             for worker in workers:
                 worker.end()
+            scratch.cleanup()
         return answers
 
 
 class _Worker:
-    def __init__(self, waiting: deque[Job], finished: Queue[tuple[Job, Path | Exception]]) -> None:
+    def __init__(
+        self, waiting: deque[Job], finished: Queue[tuple[Job, Path | Exception]], scratch: str
+    ) -> None:
         self.waiting, self.finished = waiting, finished
         # The same modules as here, whatever this process added to its path; never the interpreter.
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        environment.setdefault("TRITON_CACHE_DIR", scratch)
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 (`end` closes it)
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.worker"],
