@@ -193,7 +193,7 @@ void store(char* at, memc_type type, float value) {
     } else if (type == MEMC_FP32) {
         std::memcpy(at, &value, 4);
     } else {
-        int32_t whole = static_cast<int32_t>(value);
+        int32_t whole = std::isnan(value) ? -1 : static_cast<int32_t>(value);
         std::memcpy(at, &whole, 4);
     }
 }
@@ -288,7 +288,8 @@ struct Run {
             const memc_step& step = variant.steps[i];
             if (step.action == MEMC_ALLOCATE) {
                 allocate(step.tensor);
-                if (step.fill) fill(step.tensor, [&](int64_t) { return step.value; });
+                // What no kernel writes is no number, so that nobody takes it for a result.
+                fill(step.tensor, [&](int64_t) { return step.fill ? step.value : NAN; });
             } else if (step.action == MEMC_COPY) {
                 size_t bytes = static_cast<size_t>(elements(op.tensors[step.tensor], sizes.data())) *
                                static_cast<size_t>(item_size(op.tensors[step.tensor].type));

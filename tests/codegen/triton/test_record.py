@@ -107,12 +107,12 @@ def test_a_plan_is_what_the_launcher_does(spec: KernelSpec) -> None:
         }
         done = launched(spec, made, arguments)
         assert len(done) == len(chosen.launches)
-        for (kernel, grid, given, options), launch in zip(done, chosen.launches, strict=True):
+        for (kernel, grid, passed_on, options), launch in zip(done, chosen.launches, strict=True):
             assert kernel == launch.kernel
             assert tuple(evaluate(extent, sizes) for extent in launch.grid) == grid
             stages = {"num_warps": launch.warps, "num_stages": launch.stages}
             assert options == {**launch.constants, **stages}
-            for value, told in zip(given, launch.arguments.values(), strict=True):
+            for value, told in zip(passed_on, launch.arguments.values(), strict=True):
                 if isinstance(told, StandIn):
                     assert isinstance(value, Tensor) and value.dtype == told.dtype
                     assert value.shape == tuple(evaluate(x, sizes) for x in told.shape)

@@ -305,7 +305,7 @@ def test_a_model_that_no_kernel_covers(compiled: Compiled) -> None:
     assert compiled.program is not None
     layouts = tuple(replace(x, dtype=torch.float64) for x in compiled.program.layouts)
     double = replace(compiled, program=replace(compiled.program, layouts=layouts))
-    with pytest.raises(ValueError, match="cuda:sm_90: no kernel covers .* the model is float64"):
+    with pytest.raises(ValueError, match=r"cuda:sm_90: no kernel covers .* the model is float64"):
         compile_targets(double, ["cuda:sm_90"])
     with pytest.raises(RuntimeError, match="no kernel covers"):
         compile_targets(double, ["cuda:sm_90"], required=True)
@@ -361,8 +361,8 @@ def test_a_full_disk_leaves_nothing_half_written(
 INTERRUPTED = """
 from memcompile.codegen.spec import KernelSpec
 from memcompile.compiler.export.targets import Needed, compile_needed
-compile_needed([Needed(KernelSpec("combine", value_dim=n, count=2), {None}) for n in range(8, 576, 8)],
-               ["cuda:sm_80"])
+specs = [KernelSpec("combine", value_dim=n, count=2) for n in range(8, 576, 8)]
+compile_needed([Needed(spec, {None}) for spec in specs], ["cuda:sm_80"])
 """
 
 
