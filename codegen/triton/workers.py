@@ -35,6 +35,20 @@ class Job:
     width: int | None = None
 
 
+def check_compiler() -> None:
+    """Refuses to go on where nothing could be compiled; cheap, to be asked before the work.
+
+    Raises:
+        ImportError: triton is not installed.
+    """
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "kernels for GPUs are compiled by triton, which is not installed: pip install triton"
+        ) from error
+
+
 def compile_jobs(
     jobs: Sequence[Job], done: Callable[[Job], None], most: int | None = None
 ) -> dict[Job, Path | NotCovered]:

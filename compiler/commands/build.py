@@ -70,7 +70,8 @@ def build(
     from ..report import stage
 
     if targets is not None:
-        from ..export.targets import check_compiler, compile_targets, figures, parse_targets
+        from ...codegen.triton.workers import check_compiler
+        from ..export.targets import compile_targets, figures, parse_targets
 
         chosen_targets = parse_targets(targets)
         check_compiler()

@@ -15,7 +15,7 @@ from ...codegen.spec import KernelSpec, NotCovered
 from ...codegen.triton.blocks import ARCHITECTURES
 from ...codegen.triton.bundle import DESCRIPTION
 from ...codegen.triton.record import fixed_size
-from ...codegen.triton.workers import Job, compile_jobs
+from ...codegen.triton.workers import Job, check_compiler, compile_jobs
 from ...models.memory.names import known
 from ...runtime.site_layout import SiteLayout
 from ..lower import memory_calls, trace, uncovered
@@ -76,20 +76,6 @@ def parse_targets(text: str | Iterable[str]) -> list[str]:
     for word in found:
         known("target", word, ARCHITECTURES)
     return found
-
-
-def check_compiler() -> None:
-    """Refuses to go on where nothing could be compiled; cheap, to be asked before the work.
-
-    Raises:
-        ImportError: triton is not installed.
-    """
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "kernels for GPUs are compiled by triton, which is not installed: pip install triton"
-        ) from error
 
 
 def needed(

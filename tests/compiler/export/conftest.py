@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-
-TARGETS = ("cuda:sm_80", "hip:gfx942")
+from target_case import TARGETS
 
 
 @pytest.fixture(scope="session")

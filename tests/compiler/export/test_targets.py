@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from archive_payloads import Decoder
-from conftest import TARGETS
+from target_case import TARGETS
 
 from memcompile.codegen import cache
 from memcompile.codegen.spec import KernelSpec
