@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from ..models.memory import preset_from_json
 from .archive import one_line, read_program, rewrite
 from .claims import check_claims
+from .export.formats import emit_all
 from .folder import tokenizer_files
 from .manifest import (
     FORMAT,
@@ -29,7 +30,7 @@ from .manifest import (
     REPORT,
     VERSION,
     WEIGHTS,
-    facts,
+    all_facts,
     is_package,
     own_version,
     read_manifest,
@@ -47,7 +48,12 @@ _POLICY = "policy.safetensors"
 
 
 def write(
-    out: str | Path, compiled: Compiled, *, source: Path | None = None, force: bool = False
+    out: str | Path,
+    compiled: Compiled,
+    *,
+    source: Path | None = None,
+    force: bool = False,
+    emit: Sequence[str] = (),
 ) -> Path:
     """Writes a compiled model to the folder `out`, which appears complete or not at all.
 
@@ -57,17 +63,19 @@ def write(
         source: the folder the model came from; the files of its tokenizer are copied.
         force: replace `out` if it is a folder that memcompile wrote. The old one stays until the
             new one is complete.
+        emit: formats to export it in as well, keys of `export.formats.FORMATS`.
 
     Raises:
         FileExistsError: `out` exists, and `force` is not given or it holds something else.
         FileNotFoundError: the parent of `out` does not exist.
+        NotRewritten, ImportError, RuntimeError: as `export.formats.emit_all`.
         ValueError: there is no engine to write, or a weight cannot be written.
     """
     out = Path(out)
     if compiled.program is None or compiled.captured is None:
         raise ValueError("nothing was rewritten, so there is no engine to write; see its declines")
     check_named(compiled.preset, "a folder", "compile the model where it is used")
-    _place(out, force, lambda folder: _fill(folder, compiled, source))
+    _place(out, force, lambda folder: _fill(folder, compiled, source, emit))
     return out
 
 
@@ -81,7 +89,7 @@ def write_refusal(out: str | Path, report: Report, *, force: bool = False) -> Pa
 
     def fill(folder: Path) -> None:
         _fill_report(folder, report)
-        files = {file.name: facts(file) for file in sorted(folder.iterdir())}
+        files = all_facts(folder)
         about = {"format": FORMAT, "version": VERSION, "memcompile": own_version()}
         manifest = {**about, "model": report.model, "refused": True, "files": files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -229,7 +237,7 @@ def open_compiled(path: str | Path, kernels: str | None = None) -> Compiled:
     return compiled
 
 
-def _fill(folder: Path, compiled: Compiled, source: Path | None) -> None:
+def _fill(folder: Path, compiled: Compiled, source: Path | None, emit: Sequence[str]) -> None:
     captured = compiled.captured
     assert compiled.program is not None and captured is not None
     weights = {**captured.program.state_dict, **captured.program.constants}
@@ -241,6 +249,7 @@ def _fill(folder: Path, compiled: Compiled, source: Path | None) -> None:
     _fill_report(folder, compiled.report)
     for file in tokenizer_files(source) if source is not None and source.is_dir() else []:
         shutil.copyfile(file, folder / file.name)
+    artefacts = emit_all(folder, compiled, emit, source)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -252,7 +261,8 @@ def _fill(folder: Path, compiled: Compiled, source: Path | None) -> None:
         "max_context": compiled.program.max_context,
         "sites": [site.to_json() for site in compiled.sites],
         "weights": layout,
-        "files": {file.name: facts(file) for file in sorted(folder.iterdir())},
+        "artefacts": [artefact.to_json() for artefact in artefacts],
+        "files": all_facts(folder),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 

@@ -63,6 +63,7 @@ class Compiled:
         declined: what was looked at and left alone.
         report: all of it for people.
         program: what engines run, or None when nothing could be rewritten (``strict=False``).
+        step: the step graphs before they were lowered, for engines that leave Python behind.
     """
 
     captured: Captured | None
@@ -72,6 +73,7 @@ class Compiled:
     declined: list[Declined]
     report: Report
     program: Program | None
+    step: StepGraph | None = None
 
     def engine(self) -> Engine:
         """A new, empty engine.
@@ -249,7 +251,7 @@ def build_captured(
                 plain = _with_pages(program, module, classified, sites, memories)
                 report.self_check = self_check(plain, forward, takes_ids)
                 report.self_check["states_differ"] = check_splits(program)
-    compiled = Compiled(captured, chosen, sites, memories, declined, report, program)
+    compiled = Compiled(captured, chosen, sites, memories, declined, report, program, step)
     debug(1, lambda: str(report))
     return compiled
 

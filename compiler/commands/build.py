@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..arguments import policy_options, split_spec
+from ..export.formats import FORMATS, known_formats
 from ..progress import doing
 from . import options
 from .files import default_name
@@ -30,6 +31,11 @@ from .output import show, show_json
     metavar="DIR",
     help="Folder to write; MODEL.POLICY in the current one if not given.",
 )
+@click.option(
+    "--emit",
+    metavar="FORMATS",
+    help=f"Export it as well, as one or several of {', '.join(FORMATS)}.",
+)
 @click.option("--force", is_flag=True, help="Replace DIR if an earlier build left it.")
 @click.option("--dry-run", is_flag=True, help="Build and check, report, write nothing.")
 @click.option("--no-strict", is_flag=True, help="Go on although nothing could be rewritten.")
@@ -43,6 +49,7 @@ def build(
     budget: int | None,
     settings: tuple[str, ...],
     out: Path | None,
+    emit: str | None,
     force: bool,
     dry_run: bool,
     no_strict: bool,
@@ -56,6 +63,7 @@ def build(
         policy, [*fields, *settings], budget=budget, max_context=source.max_context
     )
     target = out or Path(default_name(source.path, policy))
+    formats = known_formats([name.strip() for name in emit.split(",")] if emit is not None else [])
     from ..package import check_target, write, write_refusal
     from ..pipeline import build as build_model
     from ..report import stage
@@ -77,7 +85,7 @@ def build(
             if refused:
                 write_refusal(target, report, force=force)
             else:
-                write(target, compiled, source=loaded.path, force=force)
+                write(target, compiled, source=loaded.path, force=force, emit=formats)
     if as_json:
         show_json(report.to_json())
         return
