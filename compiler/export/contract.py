@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from ...models.memory.places import Place, SitePlaces, contiguous_names, splits_at
+from ...passes.remember import StepGraph
 from ...runtime.engine import CHUNK_TOKENS, Program
 from ...runtime.site_layout import SiteLayout
 from ..archive import one_line
@@ -272,3 +274,13 @@ def _state(site: SitePlaces, layout: SiteLayout, capacity: Capacity | None) -> l
     for shape, dtype in layout.rows():
         add(dtype, shape, None)
     return made
+
+
+def prefill_of(step: StepGraph, program: Program) -> fx.GraphModule | None:
+    """The graph that reads a prompt densely, for a second engine on the same state; None where the
+    one graph does for both, or where pages are let go of, so that nothing is there to be read."""
+    if step.dense is step.policy:
+        return None
+    if any(store.key.lets_go for layout in program.layouts for store in layout.stores()):
+        return None
+    return step.dense

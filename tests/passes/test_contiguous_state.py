@@ -18,7 +18,12 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from memcompile.compiler.export.contract import Contract, contract_of, places_of
+from memcompile.compiler.export.contract import (
+    Contract,
+    contract_of,
+    places_of,
+    prefill_of,
+)
 from memcompile.compiler.export.driver import Driver
 from memcompile.compiler.pipeline import Compiled, build
 from memcompile.passes.contiguous_state import make_functional, make_paged
@@ -192,3 +197,14 @@ def test_a_delta_rule_has_no_portable_form() -> None:
     with pytest.raises(NotRewritten, match="a delta rule needs its rows one after the other"):
         make_functional(made.step.policy, sites, made.program.ragged)
     make_paged(made.step.policy, sites, made.program.ragged)
+
+
+@pytest.mark.parametrize(
+    "case, there",
+    [("dense", False), ("scout", True), ("hybrid, gated", True), ("window", False)]
+    + [("hierarchical, nothing kept", False), ("heavy-hitter, decaying", False)],
+)
+def test_a_prompt_is_read_densely_where_everything_is_kept(case: str, there: bool) -> None:
+    made = compiled("llama", case)
+    assert made.program is not None and made.step is not None
+    assert (prefill_of(made.step, made.program) is not None) == there
