@@ -201,8 +201,10 @@ def test_a_delta_rule_has_no_portable_form() -> None:
 
 @pytest.mark.parametrize(
     "case, there",
-    [("dense", False), ("scout", True), ("hybrid, gated", True), ("window", False)]
-    + [("hierarchical, nothing kept", False), ("heavy-hitter, decaying", False)],
+    [
+        *(("dense", False), ("scout", True), ("hybrid, gated", True), ("window", False)),
+        *(("hierarchical, nothing kept", False), ("heavy-hitter, decaying", False)),
+    ],
 )
 def test_a_prompt_is_read_densely_where_everything_is_kept(case: str, there: bool) -> None:
     made = compiled("llama", case)
