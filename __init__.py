@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from os import PathLike
+    from pathlib import Path
 
     from torch import Tensor, nn
     from torch.export import ExportedProgram
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from .runtime.engine import Engine
 
 __version__ = "0.1.0"
-__all__ = ["compile", "explain", "graphs", "invalidate", "policies"]
+__all__ = ["compile", "explain", "export", "graphs", "invalidate", "policies"]
 
 # Every import stands inside the function that needs it: `import memcompile` alone loads no
 # compiler, and takes no longer than it has to.
@@ -76,6 +78,39 @@ def explain(
     from .compiler.explain import explain
 
     return explain(model, tokens, policy, **options)
+
+
+def export(
+    model: nn.Module | ExportedProgram | str | PathLike[str],
+    out: str | PathLike[str],
+    formats: Sequence[str],
+    policy: Policy | str | PathLike[str] = "scout",
+    *,
+    force: bool = False,
+    **options: Any,
+) -> Path:
+    """Compile `model` and write it to the folder `out`, as engines that leave Python behind.
+
+    Args:
+        out: appears whole or not at all; what `memcompile run` and `verify` take.
+        formats: "aoti", "aoti-portable", "onnx", "onnx-ort", "onnx-genai", "tensorrt",
+            "tensorrt-rtx", "triton-server"; each becomes a folder in `out`, with the `state.json`
+            that says how it is driven. See docs/shipping.md.
+        force: replace `out` if memcompile wrote it.
+        options: as for `compile`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError, FileNotFoundError, NotRewritten: as `compile`; an unknown format, or a memory
+            that cannot be exported in one.
+        FileExistsError: `out` exists, and `force` is not given.
+        ImportError: a format needs a library that is not installed; the message names it.
+    """
+    from .compiler.export.export import export
+
+    return export(model, out, formats, policy, force=force, **options)
 
 
 def policies() -> list[str]:

@@ -7,10 +7,13 @@ import hashlib
 import importlib.metadata
 import json
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .archive import one_line
 from .arguments import nearest_path
+
+if TYPE_CHECKING:
+    from .export.formats import Artefact
 
 FORMAT = "memcompile"
 VERSION = 1
@@ -60,9 +63,46 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name in (PROGRAM, WEIGHTS):
         if name not in manifest["files"]:
             raise ValueError(f"{path}: damaged: it does not list {name}")
+    exported = [f"{a.folder}/" for a in artefacts(manifest, path)]
     for name, told in manifest["files"].items():
-        _check_file(folder, name, told)
+        # Those of exported engines are checked when they are opened: `check_artefact`.
+        if not name.startswith(tuple(exported)):
+            _check_file(folder, name, told)
     return manifest
+
+
+def artefacts(manifest: dict[str, Any], path: Path) -> list[Artefact]:
+    """The exported engines that a manifest lists; none in those of older versions.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    from .export.formats import Artefact
+
+    listed = manifest.get("artefacts", [])
+    if not isinstance(listed, list):
+        raise ValueError(f"{path}: damaged: its 'artefacts' are {listed!r:.80}")
+    try:
+        return [Artefact.from_json(entry) for entry in listed]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def listed(folder: Path) -> list[Artefact]:
+    """The exported engines that the manifest of a folder lists, as it was just written."""
+    path = manifest_path(folder)
+    return artefacts(json.loads(path.read_text(encoding="utf-8")), path)
+
+
+def check_artefact(folder: Path, manifest: dict[str, Any], artefact: Artefact) -> None:
+    """Finds every file of an exported engine to be the one that the manifest describes.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_manifest`.
+    """
+    for name, told in manifest["files"].items():
+        if name.startswith(f"{artefact.folder}/"):
+            _check_file(folder, name, told)
 
 
 def _check_file(folder: Path, name: str, told: Any) -> None:
@@ -72,10 +112,11 @@ def _check_file(folder: Path, name: str, told: Any) -> None:
     inside = plain and name[0] not in "/." and ".." not in PurePosixPath(name).parts
     if not inside or not isinstance(told, dict):
         raise ValueError(f"{folder / MANIFEST}: damaged: it lists the file {name!r}")
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{file}: a link that leads out of {folder}; its files lie in it")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing; {MANIFEST} lists it")
+    # A link could lead anywhere, and what it leads to change after it was checked.
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{file}: leads out of the folder: damaged")
     size = file.stat().st_size
     if size != told.get("bytes"):
         raise ValueError(
@@ -113,10 +154,10 @@ def is_package(folder: Path) -> bool:
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
-def files_in(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the manifest says of every file in a folder and below, by its path there."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): facts(path) for path in found}
+def all_facts(folder: Path) -> dict[str, Any]:
+    """`facts` of every file in a folder and its folders, by its path inside, with slashes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {file.relative_to(folder).as_posix(): facts(file) for file in files}
 
 
 def facts(file: Path) -> dict[str, Any]:

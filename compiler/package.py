@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from ..models.memory import preset_from_json
 from .archive import one_line, read_program, rewrite
 from .claims import check_claims
+from .export.formats import emit_all
 from .folder import tokenizer_files
 from .manifest import (
     FORMAT,
@@ -29,7 +30,7 @@ from .manifest import (
     REPORT,
     VERSION,
     WEIGHTS,
-    files_in,
+    all_facts,
     is_package,
     own_version,
     read_manifest,
@@ -54,6 +55,7 @@ def write(
     *,
     source: Path | None = None,
     force: bool = False,
+    emit: Sequence[str] = (),
     binaries: Sequence[Binaries] = (),
 ) -> Path:
     """Writes a compiled model to the folder `out`, which appears complete or not at all.
@@ -64,18 +66,20 @@ def write(
         source: the folder the model came from; the files of its tokenizer are copied.
         force: replace `out` if it is a folder that memcompile wrote. The old one stays until the
             new one is complete.
+        emit: formats to export it in as well, keys of `export.formats.FORMATS`.
         binaries: kernels for other machines (see `export.targets`), which go to `kernels/`.
 
     Raises:
         FileExistsError: `out` exists, and `force` is not given or it holds something else.
         FileNotFoundError: the parent of `out` does not exist.
+        NotRewritten, ImportError, RuntimeError: as `export.formats.emit_all`.
         ValueError: there is no engine to write, or a weight cannot be written.
     """
     out = Path(out)
     if compiled.program is None or compiled.captured is None:
         raise ValueError("nothing was rewritten, so there is no engine to write; see its declines")
     check_named(compiled.preset, "a folder", "compile the model where it is used")
-    _place(out, force, lambda folder: _fill(folder, compiled, source, binaries))
+    _place(out, force, lambda folder: _fill(folder, compiled, source, emit, binaries))
     return out
 
 
@@ -89,7 +93,7 @@ def write_refusal(out: str | Path, report: Report, *, force: bool = False) -> Pa
 
     def fill(folder: Path) -> None:
         _fill_report(folder, report)
-        files = files_in(folder)
+        files = all_facts(folder)
         about = {"format": FORMAT, "version": VERSION, "memcompile": own_version()}
         manifest = {**about, "model": report.model, "refused": True, "files": files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -238,7 +242,11 @@ def open_compiled(path: str | Path, kernels: str | None = None) -> Compiled:
 
 
 def _fill(
-    folder: Path, compiled: Compiled, source: Path | None, binaries: Sequence[Binaries]
+    folder: Path,
+    compiled: Compiled,
+    source: Path | None,
+    emit: Sequence[str],
+    binaries: Sequence[Binaries],
 ) -> None:
     captured = compiled.captured
     assert compiled.program is not None and captured is not None
@@ -255,6 +263,7 @@ def _fill(
         from .export.kernel_folder import write_kernels
 
         write_kernels(folder / KERNELS, binaries)
+    artefacts = emit_all(folder, compiled, emit, source)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -266,7 +275,8 @@ def _fill(
         "max_context": compiled.program.max_context,
         "sites": [site.to_json() for site in compiled.sites],
         "weights": layout,
-        "files": files_in(folder),
+        "artefacts": [artefact.to_json() for artefact in artefacts],
+        "files": all_facts(folder),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 

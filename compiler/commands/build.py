@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..arguments import policy_options, split_spec
+from ..export.formats import FORMATS, known_formats
 from ..progress import doing
 from ..settings import kernels as kernels_setting
 from . import options
@@ -38,6 +39,11 @@ from .output import show, show_json
     metavar="DIR",
     help="Folder to write; MODEL.POLICY in the current one if not given.",
 )
+@click.option(
+    "--emit",
+    metavar="FORMATS",
+    help=f"Export it as well, as one or several of {', '.join(FORMATS)}.",
+)
 @click.option("--force", is_flag=True, help="Replace DIR if an earlier build left it.")
 @click.option("--dry-run", is_flag=True, help="Build and check, report, write nothing.")
 @click.option("--no-strict", is_flag=True, help="Go on although nothing could be rewritten.")
@@ -52,6 +58,7 @@ def build(
     settings: tuple[str, ...],
     targets: str | None,
     out: Path | None,
+    emit: str | None,
     force: bool,
     dry_run: bool,
     no_strict: bool,
@@ -65,6 +72,8 @@ def build(
         policy, [*fields, *settings], budget=budget, max_context=source.max_context
     )
     target = out or Path(default_name(source.path, policy))
+    formats = known_formats([name.strip() for name in emit.split(",")] if emit is not None else [])
+    from ..manifest import listed
     from ..package import check_target, write, write_refusal
     from ..pipeline import build as build_model
     from ..report import stage
@@ -99,7 +108,14 @@ def build(
             if refused:
                 write_refusal(target, report, force=force)
             else:
-                write(target, compiled, source=loaded.path, force=force, binaries=binaries)
+                write(
+                    target,
+                    compiled,
+                    source=loaded.path,
+                    force=force,
+                    emit=formats,
+                    binaries=binaries,
+                )
     if as_json:
         show_json(report.to_json())
         return
@@ -108,3 +124,7 @@ def build(
     show(report)
     held = f"wrote the report alone to {target}/" if refused else f"wrote {target}/"
     click.echo("nothing written: --dry-run" if dry_run else held)
+    for artefact in [] if dry_run or refused else listed(target):
+        click.echo(f"exported {artefact.format}: {target / artefact.folder / artefact.main}")
+        for line in artefact.notes:
+            click.echo(f"  {line}")

@@ -1,1 +1,1 @@
-"""What leaves Python behind: engines and kernels for other runtimes."""
+"""Engines that leave Python behind: one module a format, one contract of their state."""
