@@ -407,12 +407,3 @@ def command_of(pid: str) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-# --- every preset, every target ---
-
-
-@pytest.mark.long
-@pytest.mark.timeout(3600)
-def test_every_preset_on_every_target() -> None:
-    """The figures that docs/kernels.md quotes: `python -m memcompile.benchmarks.binaries`."""
