@@ -83,8 +83,6 @@ def compile_launch(
     spec: KernelSpec, made: Any, role: str, launch: Launch, target: str
 ) -> CompiledKernel:
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     kernel = getattr(made, launch.kernel)
     if not isinstance(kernel, triton.runtime.JITFunction):
@@ -97,10 +95,31 @@ def compile_launch(
         for name in kernel.arg_names
     }
     multiples = {name: _multiple(spec, name) for name in kernel.arg_names}
+    return compile_kernel(kernel, signature, multiples, launch, role, target)
+
+
+def compile_kernel(
+    kernel: Any,
+    signature: dict[str, str],
+    multiples: dict[str, int],
+    launch: Launch,
+    role: str,
+    target: str,
+) -> CompiledKernel:
+    """One kernel for a target.
+
+    Args:
+        signature: the type of each parameter, in order.
+        multiples: by name, what a parameter is taken to be a multiple of.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     attributes = {
         (at,): [["tt.divisibility", multiples[name]]]
-        for at, name in enumerate(kernel.arg_names)
-        if multiples[name] > 1
+        for at, name in enumerate(signature)
+        if multiples.get(name, 1) > 1
     }
     backend, arch = target.split(":")
     number = int(arch.removeprefix("sm_")) if backend == "cuda" else arch
@@ -128,7 +147,7 @@ def compile_launch(
         found.asm[binary],
         found.metadata.shared,
         launch.warps * architecture(target).warp,
-        {name: multiples[name] for name, _ in arguments if multiples[name] > 1},
+        {name: multiples[name] for name, _ in arguments if multiples.get(name, 1) > 1},
         written_for,
         triton.__version__,
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 # What Triton adds behind a kernel's own parameters.
 HIDDEN = ("global_scratch", "profile_scratch")
@@ -65,3 +68,50 @@ def entry(text: str) -> Entry:
         parameters.append(Parameter(kind, words[-1]))
     start, stop = heads[0].span(2)
     return Entry(heads[0][1], version[1], target[1], tuple(parameters), start, stop)
+
+
+def drop_hidden(text: str) -> str:
+    """The text without Triton's own parameters, which are its last and must not be used.
+
+    Raises:
+        ValueError: there are none, or the code reads one.
+    """
+    found = entry(text)
+    hidden = found.parameters[-len(HIDDEN) :]
+    if len(found.parameters) < len(HIDDEN) or any(p.kind != "pointer" for p in hidden):
+        raise ValueError(
+            f"{found.name} ends with {[p.kind for p in hidden]}; expected Triton's "
+            f"{' and '.join(HIDDEN)}, two pointers"
+        )
+    rest = text[: found.start] + text[found.stop :]
+    for parameter in hidden:
+        if re.search(rf"{re.escape(parameter.name)}(?![\w$])", rest):
+            raise ValueError(f"{found.name} reads {parameter.name}, which would be left out")
+    kept = text[found.start : found.stop].split(",")[: -len(HIDDEN)]
+    return text[: found.start] + ",".join(kept).rstrip() + "\n" + text[found.stop :]
+
+
+def assemble(text: str) -> bytes:
+    """The cubin of a text, by the ptxas that comes with triton, for the target it names.
+
+    Raises:
+        ImportError: triton is not installed.
+        ValueError: ptxas refuses it.
+    """
+    import triton
+
+    target = entry(text).target
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = tools / "ptxas"
+    # Later architectures have a ptxas of their own, where one does not know all.
+    later = tools / "ptxas-blackwell"
+    if later.is_file() and int(re.sub(r"\D", "", target)) >= 100:
+        tool = later
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(text, encoding="utf-8")
+        command = [tool, f"--gpu-name={target}", source, "-o", binary]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        if ran.returncode:
+            raise ValueError(f"ptxas refuses the text: {' '.join(ran.stderr.split())[:500]}")
+        return binary.read_bytes()

@@ -330,21 +330,25 @@ def tensor(spec: KernelSpec, name: str) -> tuple[torch.dtype, tuple[Extent, ...]
         return Size("name", of)
 
     row = (batch, kv_heads, rows)
+    # Pages lie in a pool; or each head's behind the other's, one for each column.
+    pool: tuple[Extent, ...] = (size("pool_pages"),)
+    if spec.contiguous:
+        pool = (batch, kv_heads, size("table_pages"))
     fixed: dict[str, tuple[Extent, ...]] = {
         "query": (batch, heads, rows, spec.key_dim),
         "key": (*row, spec.key_dim),
         "value": (*row, spec.value_dim),
-        "key_pages": (size("pool_pages"), spec.page_size, spec.key_dim),
-        "value_pages": (size("pool_pages"), spec.page_size, spec.value_dim),
-        "bias": (size("pool_pages"), spec.page_size),
+        "key_pages": (*pool, spec.page_size, spec.key_dim),
+        "value_pages": (*pool, spec.page_size, spec.value_dim),
+        "bias": (*pool, spec.page_size),
         "page_table": (batch, kv_heads, size("columns" if spec.fold else "table_pages")),
         "record_table": (batch, kv_heads, size("record_columns")),
         "child_table": (batch, kv_heads, size("child_columns")),
         "pages": (*row, size("list_pages")),
         "candidates": (*row, size("candidates")),
         "page_logits": (batch, heads, rows, size("table_pages")),
-        "page_values": (size("pool_pages"), spec.value_dim),
-        "page_bias": (size("pool_pages"), 1),
+        "page_values": (*pool, spec.value_dim),
+        "page_bias": (*pool, 1),
         "position": (batch,),
         "lengths": (batch,),
         "decay": (kv_heads,) if spec.decay == "constant" else row,
@@ -357,10 +361,10 @@ def tensor(spec: KernelSpec, name: str) -> tuple[torch.dtype, tuple[Extent, ...]
     kind, _, of = name.partition("_")
     if kind in ("index", "children"):
         if spec.fold:
-            pool = size("groups" if kind == "index" else "children")
-        else:
-            pool = size("records" if spec.record_table else "pool_pages")
-        return dtype, (pool, field_width(of, spec.key_dim, spec.value_dim))
+            pool = (size("groups" if kind == "index" else "children"),)
+        elif spec.record_table:
+            pool = (size("records"),)
+        return dtype, (*pool, field_width(of, spec.key_dim, spec.value_dim))
     if spec.op == "combine":
         read = (batch, size("heads"), rows)
         return dtype, (*read, spec.value_dim) if name.startswith("out") else read

@@ -18,7 +18,7 @@ class Size:
     functions of `shapes.py`, or is found out.
     """
 
-    __slots__ = ("given", "op")
+    __slots__ = ("given", "op")  # op: "name", "number", or a key of _VALUES
 
     def __init__(self, op: str, *given: Size | int | str) -> None:
         self.op, self.given = op, given
@@ -26,25 +26,40 @@ class Size:
     @property
     def names(self) -> tuple[str, ...]:
         """The named sizes in it, in order."""
-        if self.op == "name":
-            return (str(self.given[0]),)
+        if self.op in ("name", "number"):
+            return (str(self.given[0]),) if self.op == "name" else ()
         inner = (part.names for part in self.given if isinstance(part, Size))
         return tuple(dict.fromkeys(name for names in inner for name in names))
 
     def value(self, sizes: Mapping[str, int]) -> int:
         """What it is for given sizes."""
-        if self.op == "name":
-            return sizes[str(self.given[0])]
+        if self.op in ("name", "number"):
+            known = self.given[0]
+            return sizes[str(known)] if self.op == "name" else int(str(known))
         left, right = (evaluate(part, sizes) for part in self.given)
         return _VALUES[self.op](left, right)
+
+    def bound(self, known: Mapping[str, Size | int]) -> Size | int:
+        """With sizes in place of names that are known."""
+        if self.op == "name":
+            return known.get(str(self.given[0]), self)
+        if self.op == "number":
+            return int(str(self.given[0]))
+        left, right = (
+            part.bound(known) if isinstance(part, Size) else int(part) for part in self.given
+        )
+        if isinstance(left, int) and isinstance(right, int):
+            return _VALUES[self.op](left, right)
+        made: Size = _MADE[self.op](left, right)
+        return made
 
     def text(self, division: str = "//", name: Callable[[str], str] = str, inside: int = 0) -> str:
         """As Python reads it; for C, with `division` "/" and a spelling of names.
 
         `max` and `min` are written as calls.
         """
-        if self.op == "name":
-            return name(str(self.given[0]))
+        if self.op in ("name", "number"):
+            return name(str(self.given[0])) if self.op == "name" else str(self.given[0])
         own = _PRECEDENCE[self.op]
         call = own == 3
         # The right side of a difference or product, and both of a division, keep their brackets.
@@ -132,6 +147,16 @@ _VALUES: dict[str, Callable[[int, int], int]] = {
     "//": lambda a, b: a // b,
     "max": max,
     "min": min,
+}
+
+
+_MADE: dict[str, Callable[[Any, Any], Any]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "//": lambda a, b: a // b,
+    "max": lambda a, b: Size("max", a, b),
+    "min": lambda a, b: Size("min", a, b),
 }
 
 
