@@ -187,7 +187,7 @@ def exported(
     **names: Any,
 ) -> ir.Model:
     """`torch.onnx.export`, quietly; nothing is optimised yet."""
-    whole = {**_WHOLE_DIVISION, **table}
+    whole = {**_OWN, **table}
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
@@ -323,7 +323,18 @@ def _divided(value: Any, by: Any, *, rounding_mode: str | None = None) -> Any:
     return made
 
 
-_WHOLE_DIVISION: dict[Any, Translation] = {
+def _where(condition: Any, first: Any, second: Any) -> Any:
+    """A choice between booleans in words that onnxruntime has kernels for."""
+    from onnxscript import opset18 as op
+
+    if first.dtype.name == "BOOL":
+        return op.Or(op.And(condition, first), op.And(op.Not(condition), second))
+    return op.Where(condition, first, second)
+
+
+# The exporter's own translations of these are wrong or do not run.
+_OWN: dict[Any, Translation] = {
+    torch.ops.aten.where.self: _where,
     torch.ops.aten.div.Tensor_mode: _divided,
     torch.ops.aten.div.Scalar_mode: _divided,
 }
