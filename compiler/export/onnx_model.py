@@ -34,6 +34,9 @@ NODES: dict[str, str] = {
     "score_select.among": "MemcScoreSelectAmong",
     "attend": "MemcAttend",
     "attend.summaries": "MemcSummaries",
+    "attend.page_lse": "MemcAttendPageLse",
+    "evict": "MemcEvict",
+    "account": "MemcAccount",
     "combine": "MemcCombine",
     "entering": "MemcEntering",
     "additive_state": "MemcState",
@@ -158,6 +161,8 @@ def onnx_model(
     require_onnx()
     check_opset(opset)
     table = {portable.operator(name): _as_node(name) for name in NODES}
+    # Reads of several kinds of pages are merged by an operator that has no state to be rewritten.
+    table[torch.ops.memcompile.combine.default] = _as_node("combine")
     for name, translation in (translations or {}).items():
         table[portable.operator(name)] = _checked(name, translation)
     given, axes = example(contract)

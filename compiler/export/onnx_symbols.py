@@ -563,6 +563,12 @@ def _remainder(value: Symbol, by: Any) -> Symbol:
     return _pair("Mod", value, by)
 
 
+def _pow(base: float, power: Symbol) -> Symbol:
+    return power._new(
+        power.recorder.op("Pow", power.recorder.constant(base, power.dtype), power.value)
+    )
+
+
 def _iota(count: int | Size, like: Symbol) -> Symbol:
     recorder = like.recorder
     if isinstance(count, int):
@@ -620,6 +626,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "minimum": lambda a, b: _pair("Min", a, b),
     "remainder": _remainder,
     "div": _div,
+    "pow": _pow,
     "tanh": lambda x: x._each("Tanh"),
     "stack": _stack,
     "pad": _pad,

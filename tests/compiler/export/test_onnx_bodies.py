@@ -47,6 +47,7 @@ ATTEND: dict[str, Any] = {
     "scale": 0.3, "softcap": 0.0, "size": PAGE, "slots": PAGE, "pinned": -1, "window": 0,
     "exclude": False,
 }  # fmt: skip
+ACCOUNT: Sizes = ("batch", HEADS, "units")
 PAGES: Sizes = ("batch", HEADS, "n", 4)
 RING: Sizes = ("batch", HEADS, 9 * PAGE, WIDTH)
 CASES = {
@@ -126,6 +127,25 @@ CASES = {
         },
         scale=0.3, softcap=0.0, size=PAGE,
     ),
+    "page-lse": Case(
+        "attend.page_lse",
+        {"query": QUERY, "keys": KEYS, "values": KEYS, "account": ACCOUNT, **WHEN},
+        scale=0.3, softcap=0.0, window=0, size=PAGE,
+    ),
+    "evict": Case(
+        "evict", {"account": ACCOUNT, **WHEN},
+        size=PAGE, sink_pages=1, window_pages=1, budget_pages=4,
+    ),
+    "account": Case(
+        "account",
+        {
+            "account": ACCOUNT,
+            "page_lse": ("batch", HEADS * GROUP, "n", "units"),
+            "lse": QUERY[:3],
+            "lengths": ROW,
+        },
+        decay=0.9,
+    ),
     "combine": Case(
         "combine",
         {
@@ -173,8 +193,12 @@ def tensors_of(case: Case, batch: int, n: int, dtype: torch.dtype) -> dict[str, 
             made[name] = torch.rand(whole) - 0.5
             if name in ("norm", "decay") or name.startswith("index_1"):
                 made[name] = -made[name].abs() if name == "decay" else made[name].abs()
+            if case.name == "additive_state" and name in ("query", "key"):
+                made[name] = made[name].abs()  # features
+            if name == "account":
+                made[name] = torch.where(torch.rand(whole) < 0.3, -1.0, made[name].abs())
             wide = name.startswith(
-                ("lses", "outs", "page_logits", "bias", "state", "norm", "decay")
+                ("lse", "outs", "page_l", "bias", "state", "norm", "decay", "account")
             )
             made[name] = made[name].to(torch.float32 if wide else dtype)
     return made
