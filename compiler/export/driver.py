@@ -70,6 +70,34 @@ class Driver:
         Raises:
             ValueError: more tokens than the engine takes, or lengths where it takes none.
         """
+        contract = self.contract
+        counts = self._counts(tokens, lengths)
+        made = self.call(self.feed(tokens, lengths))
+        for tensor in contract.state:
+            if tensor.output != tensor.input:
+                self.state[tensor.input] = made[tensor.output]
+        self.position = [p + c for p, c in zip(self.position, counts, strict=True)]
+        return made[contract.logits]
+
+    def feed(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """What the engine is given for these tokens, contiguous, with room made for them.
+
+        Raises:
+            ValueError: as for the call itself.
+        """
+        contract = self.contract
+        counts = self._counts(tokens, lengths)
+        self.grow(max(p + c for p, c in zip(self.position, counts, strict=True)))
+        given = {
+            contract.tokens: tokens.contiguous(),
+            contract.position: torch.tensor(self.position, dtype=torch.int32),
+            **self.state,
+        }
+        if contract.lengths is not None:
+            given[contract.lengths] = torch.tensor(counts, dtype=torch.int32)
+        return given
+
+    def _counts(self, tokens: Tensor, lengths: Sequence[int] | None) -> list[int]:
         contract, n = self.contract, tokens.shape[1]
         if contract.longest_call is not None and n > contract.longest_call:
             raise ValueError(
@@ -86,17 +114,4 @@ class Driver:
                 f"{longest} tokens exceed the context of {contract.context} that the model has "
                 "positions for"
             )
-        self.grow(longest)
-        given = {
-            contract.tokens: tokens,
-            contract.position: torch.tensor(self.position, dtype=torch.int32),
-            **self.state,
-        }
-        if contract.lengths is not None:
-            given[contract.lengths] = torch.tensor(counts, dtype=torch.int32)
-        made = self.call(given)
-        for tensor in contract.state:
-            if tensor.output != tensor.input:
-                self.state[tensor.input] = made[tensor.output]
-        self.position = [p + c for p, c in zip(self.position, counts, strict=True)]
-        return made[contract.logits]
+        return counts
