@@ -44,71 +44,82 @@ def check(
         RuntimeError: they differ; the message names the tensor and the call.
     """
     generator = torch.Generator().manual_seed(_SEED)
+    both = _Both(contract, engine, graph, what)
     for batch, split, filled in ((2, (1, 1, 19, 1), True), (1, (1, 1, 3, 1), False)):
         split = _within(contract, split)
         start = _start(contract, sites, sum(split)) if filled else 0
-        driver = Driver(contract, _Call(contract, graph), batch, start + sum(split))
+        driver = Driver(contract, both, batch, start + sum(split))
         if filled:
             driver.position = [start] * batch
             for tensor in driver.state.values():
                 tensor.copy_(torch.rand(tensor.shape, generator=generator))
-        other = _Call(contract, engine)
-        for turn, count in enumerate(split, 1):
+        for count in split:
             tokens = torch.randint(contract.vocabulary, (batch, count), generator=generator)
             # Rows of different lengths, where an engine takes them.
             lengths = [count, *[max(1, count - 4)] * (batch - 1)] if contract.lengths else None
-            before = {name: tensor.clone() for name, tensor in driver.state.items()}
-            given = {name: x.clone() for name, x in driver.feed(tokens, lengths).items()}
-            logits = driver(tokens, lengths)
-            call = f"call {turn} of {batch} x {count} tokens"
-            try:
-                answer = other(given)
-            except Exception as error:
-                text = " ".join(str(error).split())[:400]
-                raise RuntimeError(f"{what}: {call} fails: {text}") from error
-            for row, valid in enumerate(lengths or [count] * batch):
-                pair = (x[row, :valid] for x in (logits, answer[contract.logits]))
-                _compare(what, contract.logits, call, *pair, None)
-            for tensor in contract.state:
-                name, same = tensor.input, tensor.output == tensor.input
-                got = given[name] if same else answer[tensor.output]
-                _compare(what, name, call, driver.state[name], got, before[name])
+            driver(tokens, lengths)
 
 
-class _Call:
-    """A function of lists as one of names."""
+class _Both:
+    """What drives both: calls the engine on copies, compares, and answers as the graph does."""
 
-    def __init__(self, contract: Contract, run: Run) -> None:
-        self.contract, self.run = contract, run
+    def __init__(self, contract: Contract, engine: Run, graph: Run, what: str) -> None:
+        self.contract, self.what = contract, what
+        self.engine, self.graph = engine, graph
+        self.calls = 0
 
     def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        contract = self.contract
+        batch, rows = given[contract.tokens].shape
+        self.calls += 1
+        where = f"call {self.calls}, of {batch} x {rows} tokens"
+        before = {tensor.input: given[tensor.input].clone() for tensor in contract.state}
+        copies = {name: tensor.clone() for name, tensor in given.items()}
         with torch.no_grad():
-            made = self.run([given[name] for name in self.contract.inputs])
+            want = self._named([*self.graph([given[name] for name in contract.inputs])])
+            try:
+                got = self._named([*self.engine([copies[name] for name in contract.inputs])])
+            except Exception as error:
+                text = " ".join(str(error).split())[:400]
+                raise RuntimeError(f"{self.what}: {where} fails: {text}") from error
+        lengths = given[contract.lengths].tolist() if contract.lengths else [rows] * batch
+        for row, valid in enumerate(lengths):
+            pair = (made[contract.logits][row, :valid] for made in (want, got))
+            self._compare(contract.logits, where, *pair, None)
+        for tensor in contract.state:
+            name, same = tensor.input, tensor.output == tensor.input
+            pair = (
+                (given[name], copies[name]) if same else (want[tensor.output], got[tensor.output])
+            )
+            self._compare(name, where, *pair, before[name])
+        return want
+
+    def _named(self, made: list[Tensor]) -> dict[str, Tensor]:
         names = self.contract.outputs
         if len(made) != len(names):
             raise ValueError(f"it returns {len(made)} tensors where {len(names)} were expected")
         return dict(zip(names, made, strict=True))
 
-
-def _compare(
-    what: str, name: str, call: str, want: Tensor, got: Tensor, before: Tensor | None
-) -> None:
-    if got.shape != want.shape or got.dtype != want.dtype:
+    def _compare(
+        self, name: str, where: str, want: Tensor, got: Tensor, before: Tensor | None
+    ) -> None:
+        if got.shape != want.shape or got.dtype != want.dtype:
+            raise RuntimeError(
+                f"{self.what}: {name} is {got.dtype} {list(got.shape)} after {where}; the graph "
+                f"makes it {want.dtype} {list(want.shape)}"
+            )
+        change, other = want.double(), got.double()
+        if before is not None:
+            change, other = change - before.double(), other - before.double()
+        size, error = float(change.norm()), float((change - other).norm())
+        if error <= ALLOWED[min(4, want.dtype.itemsize)] * size:
+            return
+        kind = "is" if before is None else "changes"
         raise RuntimeError(
-            f"{what}: {name} is {list(got.shape)} {got.dtype} after {call}; the graph makes it "
-            f"{list(want.shape)} {want.dtype}"
+            f"{self.what}: {name} {kind} otherwise than the graph makes it in {where}: off by "
+            f"{error:.3g} of {size:.3g}. What was compiled would lose state; please report this "
+            "model"
         )
-    change, other = want.double(), got.double()
-    if before is not None:
-        change, other = change - before.double(), other - before.double()
-    size, error = float(change.norm()), float((change - other).norm())
-    if error <= ALLOWED[min(4, max(2, want.dtype.itemsize))] * size:
-        return
-    kind = "is" if before is None else "changes"
-    raise RuntimeError(
-        f"{what}: {name} {kind} otherwise than the graph makes it in {call}: off by {error:.3g} "
-        f"of {size:.3g}. What was compiled loses state; please report this model"
-    )
 
 
 def _start(contract: Contract, sites: Sequence[SitePlaces], tokens: int) -> int:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from ...models.portable import TEXTS
 from ...passes.contiguous_state import make_functional
 from . import against_graph, inductor
 from .contract import Contract, contract_of, places_of
@@ -36,7 +35,7 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     contract = contract_of(program, sites).in_place()
     for name, graph in inductor.graphs(step).items():
         flat = in_place(make_functional(graph, sites, program.ragged), contract)
-        traced = inductor.trace_flat(flat, contract, program.device, None, TEXTS)
+        traced = inductor.trace_flat(flat, contract, program.device)
         inductor.compile_package(traced, folder / name)
         engine = inductor.load(folder / name, traced.weights)
         what = f"aoti-portable/{name}"

@@ -68,41 +68,9 @@ class Driver:
         """Feeds tokens [B, n] (int64), of which `lengths` are valid; logits [B, n, V].
 
         Raises:
-            ValueError: more tokens than the engine takes, or lengths where it takes none.
+            ValueError: lengths where the engine takes none, or more tokens than its context.
         """
-        contract = self.contract
-        counts = self._counts(tokens, lengths)
-        made = self.call(self.feed(tokens, lengths))
-        for tensor in contract.state:
-            if tensor.output != tensor.input:
-                self.state[tensor.input] = made[tensor.output]
-        self.position = [p + c for p, c in zip(self.position, counts, strict=True)]
-        return made[contract.logits]
-
-    def feed(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """What the engine is given for these tokens, contiguous, with room made for them.
-
-        Raises:
-            ValueError: as for the call itself.
-        """
-        contract = self.contract
-        counts = self._counts(tokens, lengths)
-        self.grow(max(p + c for p, c in zip(self.position, counts, strict=True)))
-        given = {
-            contract.tokens: tokens.contiguous(),
-            contract.position: torch.tensor(self.position, dtype=torch.int32),
-            **self.state,
-        }
-        if contract.lengths is not None:
-            given[contract.lengths] = torch.tensor(counts, dtype=torch.int32)
-        return given
-
-    def _counts(self, tokens: Tensor, lengths: Sequence[int] | None) -> list[int]:
         contract, n = self.contract, tokens.shape[1]
-        if contract.longest_call is not None and n > contract.longest_call:
-            raise ValueError(
-                f"{n} tokens in one call; this engine takes up to {contract.longest_call}"
-            )
         counts = [n] * self.batch if lengths is None else [*lengths]
         if contract.lengths is None and any(count != n for count in counts):
             raise ValueError(
@@ -114,4 +82,37 @@ class Driver:
                 f"{longest} tokens exceed the context of {contract.context} that the model has "
                 "positions for"
             )
-        return counts
+        made, start = [], 0
+        while start < n:
+            left = [max(count - start, 0) for count in counts]
+            size = min(n - start, self._room(n - start, left))
+            left = [min(count, size) for count in left]
+            made.append(self._call(tokens[:, start : start + size], left))
+            start += size
+        return made[0] if len(made) == 1 else torch.cat(made, 1)
+
+    def _room(self, n: int, counts: Sequence[int]) -> int:
+        """Of n tokens, of which `counts` are valid, those that one call may take now."""
+        room, piece = self.contract.longest_call or n, self.contract.splits_at
+        if piece is None:
+            return room
+        rows = zip(self.position, counts, strict=True)
+        return min(room, *(piece - p % piece for p, c in rows if c or not any(counts)))
+
+    def _call(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        contract = self.contract
+        # Some engines want room for the padding, too.
+        self.grow(max(self.position) + tokens.shape[1])
+        given = {
+            contract.tokens: tokens.contiguous(),
+            contract.position: torch.tensor(self.position, dtype=torch.int32),
+            **self.state,
+        }
+        if contract.lengths is not None:
+            given[contract.lengths] = torch.tensor(counts, dtype=torch.int32)
+        made = self.call(given)
+        for tensor in contract.state:
+            if tensor.output != tensor.input:
+                self.state[tensor.input] = made[tensor.output]
+        self.position = [p + c for p, c in zip(self.position, counts, strict=True)]
+        return made[contract.logits]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...models.portable import TEXTS
 from ...passes.remember import StepGraph
 from ..lower import Traced, size, trace
 from .against_graph import Run
@@ -61,7 +62,6 @@ def trace_flat(
     contract: Contract,
     device: torch.device,
     linear: Any = None,
-    texts: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> Traced:
     """`lower.trace` of a step on contiguous state, for sizes of any value.
 
@@ -69,7 +69,7 @@ def trace_flat(
         RuntimeError: an operation was traced for some sizes alone.
     """
     with any_size():
-        traced = trace(step, example(contract, device), linear, texts)
+        traced = trace(step, example(contract, device), linear, TEXTS)
     check_sizes(traced)
     return traced
 
