@@ -86,7 +86,7 @@ class Driver:
                 f"{longest} tokens exceed the context of {contract.context} that the model has "
                 "positions for"
             )
-        self.grow(longest)
+        self.grow(max(self.position) + n)  # some engines want room for the padding, too
         given = {
             contract.tokens: tokens,
             contract.position: torch.tensor(self.position, dtype=torch.int32),
