@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import contiguous
+from .memory import contiguous, fused
 from .memory.paged import combine
 
 NAMESPACE = "memcompile_portable"
@@ -128,7 +128,25 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         "Tensor? norm) -> Tensor[]",
         contiguous.additive_state,
     ),
+    # Given only to runtimes that have them as one (`passes.fuse_grouped`).
+    "grouped_attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor position, Tensor lengths, Tensor keys, "
+        "Tensor values, float scale, float softcap, int window, int size, int pinned, int reach) "
+        "-> (Tensor out, Tensor new_keys, Tensor new_values)",
+        fused.grouped_attention,
+    ),
+    "page_records": (
+        "(Tensor new, Tensor position, Tensor lengths, Tensor keys, Tensor values, "
+        "Tensor[] index, str[] fields, int size, int pinned, int record_pinned) -> Tensor[]",
+        contiguous.records,
+    ),
+    "delta_state": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor beta, Tensor lengths, "
+        "Tensor state) -> (Tensor out, Tensor lse, Tensor new_state)",
+        fused.delta_state,
+    ),
 }
+_FAKES = {"delta_state": fused.delta_state_fake}
 
 
 def operator(name: str) -> torch._ops.OpOverload:
@@ -143,7 +161,8 @@ def operator(name: str) -> torch._ops.OpOverload:
 for _name, (_schema, _text) in OPS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _text, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _text, lib=_library)
+    _fake = _FAKES.get(_name, _text)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 # What each operator decomposes to, for `ExportedProgram.run_decompositions`.
 TEXTS: dict[Any, Callable[..., Any]] = {operator(name): text for name, (_, text) in OPS.items()}
