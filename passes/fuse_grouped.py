@@ -7,6 +7,7 @@ the pages that were filled are then made by an operation of their own, `page_rec
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 
 from torch import fx
 
@@ -16,8 +17,11 @@ from .result import Declined, PassResult
 RULE = "fuse_grouped"
 
 
-def fuse_grouped(module: fx.GraphModule) -> PassResult:
+def fuse_grouped(module: fx.GraphModule, refused: Mapping[str, str] | None = None) -> PassResult:
     """Fuses what can be fused in a graph of `contiguous_state.make_functional`, in place.
+
+    Args:
+        refused: inputs of keys, by name, whose sites the runtime cannot take, and why.
 
     Returns:
         its `applied` counts the reads that were fused; each read of a memory that was not stands
@@ -31,7 +35,7 @@ def fuse_grouped(module: fx.GraphModule) -> PassResult:
     for node in list(module.graph.nodes):
         if node.target not in reads:
             continue
-        why = _why_not(node)
+        why = _why_not(node, refused or {})
         if why:
             result.declined.append(Declined(why, f"%{node.name}", RULE))
         else:
@@ -43,7 +47,7 @@ def fuse_grouped(module: fx.GraphModule) -> PassResult:
     return result
 
 
-def _why_not(read: fx.Node) -> str:
+def _why_not(read: fx.Node, refused: Mapping[str, str]) -> str:
     """Why a read cannot be fused with the append before it; empty where it can."""
     if read.target is not portable.operator("attend"):
         return "it reads pages that it chooses, and the others by their summaries"
@@ -58,6 +62,12 @@ def _why_not(read: fx.Node) -> str:
     if any(user.target is operator.getitem and user.args[1] == 1 for user in read.users):
         return "its log-sum-exp is needed, to join it with another read"
     append = keys.args[0]  # type: ignore[union-attr]
+    pinned, window = append.args[9], read.args[10]  # type: ignore[union-attr]
+    if pinned > 0 or (pinned == 0 and not window):  # type: ignore[operator]
+        return "its cache keeps its first pages and the newest, which no operator knows"
+    held = append.args[4]  # type: ignore[union-attr]
+    if isinstance(held, fx.Node) and held.name in refused:
+        return refused[held.name]
     others = [
         user
         for i in (0, 1)
@@ -92,10 +102,9 @@ def _fuse(graph: fx.Graph, read: fx.Node) -> None:
     scale, softcap, window = read.args[8:11]
 
     with graph.inserting_before(append):
+        given = (read.args[0], key, value, position, lengths, keys, values, scale, softcap)
         made = graph.call_function(
-            portable.operator("grouped_attention"),
-            (read.args[0], key, value, position, lengths, keys, values)
-            + (scale, softcap, window, size, pinned, reach),
+            portable.operator("grouped_attention"), (*given, window, size, pinned, reach)
         )
         parts = [graph.call_function(operator.getitem, (made, i)) for i in range(3)]
         new = parts[1:]
