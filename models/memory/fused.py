@@ -3,11 +3,8 @@ apart from the append, and the delta rule. Texts of operators that only such a r
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
 
 from .contiguous import append, attend
-from .paged import wide
 from .recurrent import recurrence
 
 
@@ -53,19 +50,3 @@ def delta_state(
     state = state.clone()
     out, lse = recurrence(query, key, value, decay, beta, lengths, state, None)
     return out, lse, state
-
-
-def delta_state_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor | None,
-    beta: Tensor,
-    lengths: Tensor,
-    state: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes alone: the text goes row by row, and the number of rows is not known."""
-    batch, heads, n = query.shape[:3]
-    kind = wide(query.dtype)
-    out = query.new_empty((batch, heads, n, value.shape[3]), dtype=kind)
-    return out, query.new_empty((batch, heads, n), dtype=kind), torch.empty_like(state)
