@@ -40,7 +40,7 @@ def pages_in(position: Tensor, lengths: Tensor, columns: int, size: int, pinned:
         return torch.where(column <= newest, column, -1)
     late = newest - torch.remainder(newest - column, columns - pinned)
     first = column < pinned
-    there = torch.where(first, column <= newest, late >= pinned)
+    there = (first & (column <= newest)) | (~first & (late >= pinned))
     return torch.where(there, torch.where(first, column, late), -1)
 
 

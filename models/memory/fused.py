@@ -3,6 +3,7 @@ apart from the append, and the delta rule. Texts of operators that only such a r
 
 from __future__ import annotations
 
+from torch import Tensor
 
 from .contiguous import append, attend
 from .recurrent import recurrence
