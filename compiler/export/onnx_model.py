@@ -34,6 +34,9 @@ NODES: dict[str, str] = {
     "score_select.among": "MemcScoreSelectAmong",
     "attend": "MemcAttend",
     "attend.summaries": "MemcSummaries",
+    "attend.page_lse": "MemcAttendPageLse",
+    "evict": "MemcEvict",
+    "account": "MemcAccount",
     "combine": "MemcCombine",
     "entering": "MemcEntering",
     "additive_state": "MemcState",
@@ -159,6 +162,8 @@ def onnx_model(
     require_onnx()
     check_opset(opset)
     table = {portable.operator(name): _as_node(name) for name in NODES}
+    # Reads of several kinds of pages are merged by an operator that has no state to be rewritten.
+    table[torch.ops.memcompile.combine.default] = _as_node("combine")
     for name, translation in (translations or {}).items():
         table[portable.operator(name)] = _checked(name, translation)
     given, axes = example(contract)
@@ -190,7 +195,7 @@ def exported(
     **names: Any,
 ) -> ir.Model:
     """`torch.onnx.export`, quietly; nothing is optimised yet."""
-    whole = {**_WHOLE_DIVISION, **table}
+    whole = {**_OWN, **table}
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
@@ -310,13 +315,6 @@ def _checked(name: str, translation: Translation) -> Translation:
     return translate
 
 
-def largest_as_topk(scores: Any, count: int) -> Any:
-    """`largest`: ONNX's TopK, whose ties go to the lower index as well."""
-    from onnxscript import opset18 as op
-
-    return op.TopK(scores, op.Constant(value_ints=[count]), axis=-1, largest=1, sorted=1)
-
-
 def _divided(value: Any, by: Any, *, rounding_mode: str | None = None) -> Any:
     """Whole division as it is: the exporter's own goes through float32, which has 24 bits."""
     from onnxscript import opset18 as op
@@ -333,7 +331,18 @@ def _divided(value: Any, by: Any, *, rounding_mode: str | None = None) -> Any:
     return made
 
 
-_WHOLE_DIVISION: dict[Any, Translation] = {
+def _where(condition: Any, first: Any, second: Any) -> Any:
+    """A choice between booleans in words that onnxruntime has kernels for."""
+    from onnxscript import opset18 as op
+
+    if first.dtype.name == "BOOL":
+        return op.Or(op.And(condition, first), op.And(op.Not(condition), second))
+    return op.Where(condition, first, second)
+
+
+# The exporter's own translations of these are wrong or do not run.
+_OWN: dict[Any, Translation] = {
+    torch.ops.aten.where.self: _where,
     torch.ops.aten.div.Tensor_mode: _divided,
     torch.ops.aten.div.Scalar_mode: _divided,
 }
@@ -366,9 +375,7 @@ def transpose_weights(model: ir.Model) -> None:
         raw = getattr(old, "raw", None)
         if hasattr(raw, "data_ptr"):  # alike in another model of the same weights
             tensor.meta["source"] = (raw.data_ptr(), raw.dtype, raw.stride(), tuple(order))
-        value = ir.Value(
-            name=name, shape=shape, type=ir.TensorType(old.dtype), const_value=tensor
-        )
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(old.dtype), const_value=tensor)
         model.graph.initializers.add(value)
         node.outputs[0].replace_all_uses_with(value)
         model.graph.remove(node, safe=True)
