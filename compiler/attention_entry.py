@@ -44,9 +44,7 @@ def register_attention(
         raise ValueError(f"name is {name!r}; give what attn_implementation is to say")
     taken = AttentionInterface().get(name)
     if name == "eager" or (taken is not None and not getattr(taken, "memcompile", None)):
-        raise ValueError(
-            f"{name!r} is an attention function of somebody else's; give another name"
-        )
+        raise ValueError(f"{name!r} is an attention function of somebody else's; give another name")
     chosen = choose(policy, given, ("kernels", "decode_tokens"))
     called = policy_name(policy)
 
@@ -62,12 +60,12 @@ def register_attention(
         check(chosen.memory_at(layer, 0))
     made = CachedAttention(chosen, check, decode_tokens, kernels, HIDDEN_LOGIT)
 
-    # What the host does beside a graph is no part of one: Dynamo breaks here.
-    @torch.compiler.disable
     def attention(*args: Any, **kwargs: Any) -> Any:
         return made(*args, **kwargs)
 
-    attention.memcompile = made
+    # What the host does beside a graph is no part of one: Dynamo breaks here.
+    attention = torch.compiler.disable(attention)
+    attention.memcompile = made  # type: ignore[attr-defined]
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
     return made

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from .. import codegen
 from ..codegen.spec import NotCovered, specialise
@@ -257,11 +258,11 @@ class CachedAttention:
             records: dict[int, tuple[Tensor, ...]] = {}
             index = None
             if memory.fields:
-                where = ((key, value), seen.start, seen.position)
+                pair, start, before = (key, value), seen.start, seen.position
                 if layer:
-                    self.indexes.follow(site, *where)
+                    self.indexes.follow(site, pair, start, before)
                 (index,), rebuilt = self.indexes.find(
-                    [site], *([x] for x in where), deep=layer > 0
+                    [site], [pair], [start], [before], deep=layer > 0
                 )
                 self.calls.rebuilt += rebuilt
                 records = {size: tuple(index.pools(size, length)) for size in sizes}
@@ -317,7 +318,7 @@ class _Kernels:
         self._said: set[str] = set()
 
     def __call__(self, target: Callable[..., Any], *args: Any) -> Any:
-        family = FAMILIES.get(target)
+        family = FAMILIES.get(target) if isinstance(target, OpOverload) else None
         if family is None or self.kernels == "off":
             return target(*args)
         try:
