@@ -117,6 +117,21 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         "float softcap, int size) -> (Tensor out, Tensor lse)",
         contiguous.summaries,
     ),
+    "attend.page_lse": (
+        "(Tensor query, Tensor keys, Tensor values, Tensor account, Tensor position, "
+        "Tensor lengths, float scale, float softcap, int window, int size) "
+        "-> (Tensor out, Tensor lse, Tensor page_lse)",
+        contiguous.attend_page_lse,
+    ),
+    "evict": (
+        "(Tensor account, Tensor position, Tensor lengths, int size, int sink_pages, "
+        "int window_pages, int budget_pages) -> Tensor",
+        contiguous.evict,
+    ),
+    "account": (
+        "(Tensor account, Tensor page_lse, Tensor lse, Tensor lengths, float decay) -> Tensor",
+        contiguous.account,
+    ),
     "combine": ("(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)", combine),
     "entering": (
         "(Tensor query, Tensor keys, Tensor values, Tensor position, Tensor lengths, int window, "
