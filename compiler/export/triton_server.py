@@ -105,9 +105,7 @@ def served_call(path: Path, contract: Contract) -> Call:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        str(path), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     moved = new_name(contract.position)
     names = [*contract.outputs, LAST, moved]
 

@@ -134,9 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = chosen.prompt is not None
     prompt = list(chosen.prompt.encode()) if text else [int(x) for x in chosen.ids.split(",")]
     sequence = Sequence(chosen.url, chosen.model, chosen.sequence)
-    for token in generate(
-        sequence, prompt, chosen.max_new_tokens, chosen.temperature, chosen.seed
-    ):
+    for token in generate(sequence, prompt, chosen.max_new_tokens, chosen.temperature, chosen.seed):
         if text:
             sys.stdout.buffer.write(bytes([token]))
         else:
