@@ -637,7 +637,7 @@ def evict(
     before, after = (
         torch.div(x + size - 1, size, rounding_mode="trunc")[:, None, None] for x in (held, end)
     )
-    column = torch.arange(account.shape[2], device=account.device)
+    column = iota(account.shape[2], account)
     resident = (account >= 0) & (column < before)
     excess = resident.long().sum(-1, keepdim=True) + (after - before) - budget_pages
     free = resident & (column >= sink_pages) & (column < after - 1 - window_pages)
@@ -661,7 +661,7 @@ def account(
     heads, rows = account.shape[1], lse.shape[2]
     mass = torch.where(page_lse > NEGATIVE_INFINITY, (page_lse - lse[..., None]).exp(), 0)
     mass = mass.unflatten(1, (heads, -1)).sum(2)  # [B, Hkv, n, columns]
-    left = lengths[:, None] - 1 - torch.arange(rows, dtype=torch.int32, device=lse.device)
+    left = lengths[:, None] - 1 - iota(rows, lse)
     kept = torch.where(left >= 0, torch.pow(decay, left.clamp_min(0).to(mass.dtype)), 0)
     before = torch.pow(decay, lengths.to(mass.dtype))
     total = account * before[:, None, None] + (mass * kept[:, None, :, None]).sum(2)
@@ -671,9 +671,9 @@ def account(
 def table_of_resident(account: Tensor, position: Tensor, lengths: Tensor, size: int) -> Tensor:
     """int32 page table [B, Hkv, columns] of the pages that an account has not let go."""
     batch, heads, columns = account.shape
-    base = torch.arange(batch * heads, device=account.device).view(batch, heads, 1) * columns
+    base = iota(batch * heads, account).view(batch, heads, 1) * columns
     inside = (within_page(position, lengths, size) == position)[:, None, None]
-    table = base + torch.arange(columns, device=account.device)
+    table = base + iota(columns, account)
     return torch.where((account >= 0) & inside, table, -1).to(torch.int32)
 
 
