@@ -40,7 +40,7 @@ def served(models: Mapping[str, ir.Model], contract: Contract) -> ir.Model:
     logits_like = main.graph.outputs[0]
     tokens = _like(source[contract.tokens])
     position = _like(source[contract.position])
-    position.shape = ir.Shape([source[contract.position].shape[0], 1])
+    position.shape = ir.Shape([*(position.shape or ()), 1])
     state = [_like(source[tensor.input]) for tensor in contract.state]
     build = _Builder()
     one, last = build.constant("one", [1]), build.constant("last", -1)
@@ -107,8 +107,8 @@ class _Builder:
         made = ir.Value(
             name=name,
             const_value=tensor,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tensor.shape),
+            type=ir.TensorType(ir.DataType.INT64),
+            shape=ir.Shape([1] if isinstance(value, list) else []),
         )
         self.constants.append(made)
         return made
