@@ -69,6 +69,16 @@ def _aoti(path: Path, contract: Contract) -> Call:
     return call
 
 
+def _served(path: Path, contract: Contract) -> Call:
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        raise CannotRun("onnxruntime is not installed: pip install memcompile[onnx]") from None
+    from .triton_server import served_call
+
+    return served_call(path.parent / "1/model.onnx", contract)
+
+
 def _flat(made: Any) -> list[Tensor]:
     return [made] if isinstance(made, Tensor) else [*made]
 
@@ -78,4 +88,6 @@ RUNNERS: dict[str, Callable[[Path, Contract], Call]] = {
     "aoti-portable": _aoti,
     "onnx": _onnx,
     "onnx-ort": _onnx,
+    # The model that the server runs, not the server.
+    "triton-server": _served,
 }
