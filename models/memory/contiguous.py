@@ -187,7 +187,8 @@ def append(
     at = row[:, None, :, None].expand(-1, heads, -1, width)
     old = rows_of(cache, slot.clamp_max(capacity - 1)[:, None].expand(-1, heads, -1))
     written = torch.where((count > 0)[:, None, :, None], new.gather(2, at).to(cache.dtype), old)
-    return put_rows(cache, slot, written)
+    made: Tensor = torch.ops.memcompile_portable.put_rows(cache, slot, written)
+    return made
 
 
 def records(
@@ -266,7 +267,7 @@ def _written(
         old = rows_of(pool, whole)
         # Nothing filled: what is there is written again, whatever was computed.
         record = torch.where(live[:, None, None, None], record, old)
-        written.append(put_rows(pool, column, record))
+        written.append(torch.ops.memcompile_portable.put_rows(pool, column, record))
     return written
 
 
