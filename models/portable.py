@@ -162,7 +162,11 @@ OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         contiguous.largest,
         _largest_shapes,
     ),
-    "put_rows": ("(Tensor cache, Tensor at, Tensor new) -> Tensor", contiguous.put_rows, _put_rows_shapes),
+    "put_rows": (
+        "(Tensor cache, Tensor at, Tensor new) -> Tensor",
+        contiguous.put_rows,
+        _put_rows_shapes,
+    ),
     "append_index": (
         "(Tensor key, Tensor value, Tensor position, Tensor lengths, Tensor keys, Tensor values, "
         "Tensor[] index, str[] fields, int size, int pinned, int reach, int record_pinned) "

@@ -132,15 +132,11 @@ def session_call(path: Path, contract: Contract) -> Callable[[Mapping[str, Tenso
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        str(path), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def call(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         made = session.run(contract.outputs, {name: x.numpy() for name, x in given.items()})
-        return {
-            name: torch.from_numpy(x) for name, x in zip(contract.outputs, made, strict=True)
-        }
+        return {name: torch.from_numpy(x) for name, x in zip(contract.outputs, made, strict=True)}
 
     return call
 

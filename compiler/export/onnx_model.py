@@ -307,13 +307,6 @@ def _checked(name: str, translation: Translation) -> Translation:
     return translate
 
 
-def largest_as_topk(scores: Any, count: int) -> Any:
-    """`largest`: ONNX's TopK, whose ties go to the lower index as well."""
-    from onnxscript import opset18 as op
-
-    return op.TopK(scores, op.Constant(value_ints=[count]), axis=-1, largest=1, sorted=1)
-
-
 def _divided(value: Any, by: Any, *, rounding_mode: str | None = None) -> Any:
     """Whole division as it is: the exporter's own goes through float32, which has 24 bits."""
     from onnxscript import opset18 as op
@@ -363,9 +356,7 @@ def transpose_weights(model: ir.Model) -> None:
         raw = getattr(old, "raw", None)
         if hasattr(raw, "data_ptr"):  # alike in another model of the same weights
             tensor.meta["source"] = (raw.data_ptr(), raw.dtype, raw.stride(), tuple(order))
-        value = ir.Value(
-            name=name, shape=shape, type=ir.TensorType(old.dtype), const_value=tensor
-        )
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(old.dtype), const_value=tensor)
         model.graph.initializers.add(value)
         node.outputs[0].replace_all_uses_with(value)
         model.graph.remove(node, safe=True)

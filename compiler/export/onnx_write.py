@@ -36,9 +36,7 @@ def write_models(folder: Path, models: Mapping[str, ir.Model], data: str = DATA)
         unique.setdefault(key, value.const_value)
         keys.append(key)
     if unique:
-        external = ir.external_data.convert_tensors_to_external(
-            list(unique.values()), folder, data
-        )
+        external = ir.external_data.convert_tensors_to_external(list(unique.values()), folder, data)
         place = dict(zip(unique, external, strict=True))
         for value, key in zip(values, keys, strict=True):
             value.const_value = place[key]
