@@ -224,6 +224,11 @@ def _set_capabilities(trt: Any, config: Any, capabilities: Sequence[str]) -> Non
         config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
 
 
+def models_of(folder: Path) -> list[Path]:
+    """The models without memory nodes, which are named NAME.nodes.onnx."""
+    return sorted(path for path in folder.glob("*.onnx") if "." not in path.stem)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Builds the models of a recipe's folder."""
     here = Path(__file__).resolve().parent
@@ -241,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         contract = json.loads((given.folder / "state.json").read_text(encoding="utf-8"))
         trt = find("tensorrt-rtx" if given.rtx else "tensorrt")
-        for model in sorted(given.folder.glob("*.onnx")):
+        for model in models_of(given.folder):
             sizes = sizes_for(
                 contract,
                 batch=given.batch,

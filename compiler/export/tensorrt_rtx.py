@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .contract import Contract
 from .formats import Artefact, this_machine
 from .onnx_portable import MAIN, PREFILL
-from .tensorrt_build import Sizes, build, find, input_shapes, sizes_for
+from .tensorrt_build import Sizes, build, find, input_shapes, models_of, sizes_for
 from .tensorrt_onnx import write_inlined
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def build_plans(
 ) -> Sizes:
     """Writes an engine of each model to `folder`, and returns the sizes they are for."""
     told = contract.to_json()
-    for path in sorted(models.glob("*.onnx")):
+    for path in models_of(models):
         sizes = sizes_for(told, whole=path.name == PREFILL)
         engine = build(trt, path, input_shapes(told, sizes), capabilities)
         (folder / path.name).with_suffix(PLAN).write_bytes(engine)
@@ -65,6 +65,4 @@ def build_plans(
 def ranges(sizes: Sizes) -> str:
     """The sizes in words."""
     held = "" if sizes.capacity is None else f", a capacity of up to {sizes.capacity.max} tokens"
-    return (
-        f"1 to {sizes.batch.max} sequences, 1 to {sizes.call.max} tokens of each in a call{held}"
-    )
+    return f"1 to {sizes.batch.max} sequences, 1 to {sizes.call.max} tokens of each in a call{held}"
