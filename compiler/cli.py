@@ -30,6 +30,7 @@ from .commands.explain import explain
 from .commands.inspect import inspect
 from .commands.run import run
 from .commands.suggest import SuggestingGroup, check_word
+from .commands.verify import verify
 from .exit_codes import (
     BAD_INPUT,
     BROKEN_PIPE,
@@ -48,6 +49,7 @@ COMMANDS: tuple[tuple[click.Command, str], ...] = (
     (explain, "explain MODEL [OPTIONS]"),
     (run, "run DIR [OPTIONS]"),
     (bench, "bench DIR [OPTIONS]"),
+    (verify, "verify DIR [OPTIONS]"),
     (evaluate, "eval MODEL_OR_DIR [OPTIONS]"),
     (distill, "distill MODEL --data FILE"),
     (cache, "cache show|clear"),

@@ -19,7 +19,7 @@ from .report import Report, bytes_of
 if TYPE_CHECKING:
     from .region import Graph
 
-_READING = ("trust_pickle", "arch", "arch_config")
+_READING = ("trust_pickle", "arch", "arch_config", "dtype")
 
 
 def explain(

@@ -31,8 +31,11 @@ _ATTENTIONS = ("eager", "sdpa")
 _COUNT = re.compile(r"(n|num|decoder|encoder)_?(hidden_)?layers?|(n_routed|num|num_local)_experts")
 
 
-def load_folder(folder: Path) -> nn.Module:
-    """The causal language model in `folder`, in eval mode and in the data type it was saved in.
+def load_folder(folder: Path, dtype: str = "auto") -> nn.Module:
+    """The causal language model in `folder`, in eval mode.
+
+    Args:
+        dtype: of its weights; "auto": what they were saved in.
 
     Raises:
         FileNotFoundError: the folder holds no model; the message lists what it holds.
@@ -53,7 +56,7 @@ def load_folder(folder: Path) -> nn.Module:
         with _quiet(transformers):
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype="auto",
+                dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=safetensors,

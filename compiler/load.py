@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from ..models.memory.names import known
 from .archive import load_program, one_line, open_zip, read_program
 from .arguments import nearest_path
 from .claims import check_claims
@@ -33,6 +34,7 @@ _EXPECTED = (
     "expected a transformers folder, a .pt2 of torch.export.save, a state dict with --arch, or a "
     "safetensors file with --arch"
 )
+DTYPES = ("float32", "float16", "bfloat16")
 _NESTED = ("state_dict", "model_state_dict", "model")
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -85,6 +87,7 @@ def load(
     trust_pickle: bool = False,
     arch: str | None = None,
     arch_config: str | PathLike[str] | Mapping[str, Any] | None = None,
+    dtype: str | None = None,
 ) -> Loaded:
     """Loads a model; what it is is told by content, never by the suffix.
 
@@ -95,6 +98,8 @@ def load(
         arch: ``module:Class`` to load a state dict into. Its module is imported, from the working
             directory too.
         arch_config: keyword arguments of that class, or the JSON file that holds them.
+        dtype: "float32", "float16" or "bfloat16", what its weights are converted to; None: as they
+            are.
 
     Raises:
         FileNotFoundError, PermissionError: the path, or a part of the model, cannot be read.
@@ -102,6 +107,8 @@ def load(
             or transformers is needed and not installed.
     """
     path = Path(path)
+    if dtype is not None:
+        known("dtype", dtype, DTYPES)
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: there is no such file or folder{nearest_path(path)}; {_EXPECTED}"
@@ -109,7 +116,7 @@ def load(
     if path.is_dir():
         if arch is not None:
             raise ValueError(f"{path}: --arch goes with a state dict, and this is a folder")
-        module = load_folder(path)
+        module = load_folder(path, dtype or "auto")
         return Loaded("transformers", path, module=module, tokenizer=tokenizer_folder(path))
     if not path.is_file():
         raise ValueError(f"{path}: neither a file nor a folder; {_EXPECTED}")
@@ -120,6 +127,11 @@ def load(
     if found.kind == "export":
         if arch is not None:
             raise ValueError(f"{path}: --arch goes with a state dict, and this is {found.words}")
+        if dtype is not None:
+            raise ValueError(
+                f"{path}: --dtype {dtype}: an exported program computes in the types it was "
+                "exported with; convert the module and export it again"
+            )
         return Loaded("exported", path, program=_program(path, trust_pickle))
     if found.kind == "foreign":
         raise ValueError(f"{path}: {found.words}; {_EXPECTED}")
@@ -127,7 +139,7 @@ def load(
         _safetensors(path) if found.kind == "safetensors" else _unpickled(path, found, trust_pickle)
     )
     if isinstance(held, nn.Module):
-        return Loaded("module", path, module=held.eval())
+        return Loaded("module", path, module=_converted(held, dtype).eval())
     tensors = _state_dict(held, path, found)
     if arch is None:
         raise ValueError(
@@ -136,7 +148,17 @@ def load(
         )
     module = _construct(arch, arch_config)
     _fill(module, tensors, path, arch)
-    return Loaded("state-dict", path, module=module.eval())
+    return Loaded("state-dict", path, module=_converted(module, dtype).eval())
+
+
+def _converted(module: nn.Module, dtype: str | None) -> nn.Module:
+    """The module with its weights in another type; tables that are no weights keep theirs, since
+    positions in 16 bit are not what they were in 32."""
+    if dtype is not None:
+        for tensor in module.state_dict(keep_vars=True).values():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                tensor.data = tensor.data.to(getattr(torch, dtype))
+    return module
 
 
 def _program(path: Path, trust_pickle: bool) -> ExportedProgram:

@@ -88,6 +88,12 @@ def artefacts(manifest: dict[str, Any], path: Path) -> list[Artefact]:
         raise ValueError(f"{path}: {error}") from error
 
 
+def listed(folder: Path) -> list[Artefact]:
+    """The exported engines that the manifest of a folder lists, as it was just written."""
+    path = manifest_path(folder)
+    return artefacts(json.loads(path.read_text(encoding="utf-8")), path)
+
+
 def check_artefact(folder: Path, manifest: dict[str, Any], artefact: Artefact) -> None:
     """Finds every file of an exported engine to be the one that the manifest describes.
 

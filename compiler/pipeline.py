@@ -47,7 +47,7 @@ NORMALISE: tuple[Callable[[fx.GraphModule], PassResult], ...] = (
 # What `build` takes beside the fields of a policy.
 OPTIONS = (
     *("max_context", "strict", "check", "kernels", "name"),
-    *("trust_pickle", "arch", "arch_config"),
+    *("trust_pickle", "arch", "arch_config", "dtype"),
 )
 
 
@@ -98,6 +98,7 @@ def build(
     trust_pickle: bool = False,
     arch: str | None = None,
     arch_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    dtype: str | None = None,
     **options: Any,
 ) -> Compiled:
     """Capture `model` and compile it; see `build_captured`.
@@ -114,7 +115,7 @@ def build(
             cannot; "required" raises then; "off" runs the references. None: MEMCOMPILE_KERNELS,
             or "auto".
         name: what reports and errors call the model; its path's last part or its class if None.
-        trust_pickle, arch, arch_config: how a path is read; see `compiler.load.load`.
+        trust_pickle, arch, arch_config, dtype: how a path is read; see `compiler.load.load`.
     """
     chosen = choose(policy, options, OPTIONS)
     kernels = kernels_setting(kernels)
@@ -123,12 +124,13 @@ def build(
         from .load import load
 
         path = Path(model)
-        loaded = load(path, trust_pickle=trust_pickle, arch=arch, arch_config=arch_config)
+        how: dict[str, Any] = {"arch": arch, "arch_config": arch_config, "dtype": dtype}
+        loaded = load(path, trust_pickle=trust_pickle, **how)
         model, name = loaded.model, name or path.name
-    elif trust_pickle or arch is not None or arch_config is not None:
+    elif trust_pickle or any(x is not None for x in (arch, arch_config, dtype)):
         raise ValueError(
-            "trust_pickle, arch and arch_config say how a path is read; the model given is a "
-            f"{type(model).__name__}"
+            "trust_pickle, arch, arch_config and dtype say how a path is read; the model given is "
+            f"a {type(model).__name__}"
         )
     timings: dict[str, float] = {}
     try:

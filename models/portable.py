@@ -133,6 +133,20 @@ def _attend_shapes(
     )
 
 
+def _page_lse_shapes(
+    query: Tensor, keys: Tensor, values: Tensor, account: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*query.shape[:3], account.shape[2])
+    return (
+        *_attend_shapes(query, keys, values),
+        query.new_empty(shape, dtype=wide(query.dtype)),
+    )
+
+
+def _account_shapes(account: Tensor, *rest: Any) -> Tensor:
+    return _like([account])[0]
+
+
 def _entering_shapes(
     query: Tensor, keys: Tensor, values: Tensor, position: Tensor, lengths: Tensor, *rest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,6 +220,24 @@ OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         "float softcap, int size) -> (Tensor out, Tensor lse)",
         contiguous.summaries,
         _attend_shapes,
+    ),
+    "attend.page_lse": (
+        "(Tensor query, Tensor keys, Tensor values, Tensor account, Tensor position, "
+        "Tensor lengths, float scale, float softcap, int window, int size) "
+        "-> (Tensor out, Tensor lse, Tensor page_lse)",
+        contiguous.attend_page_lse,
+        _page_lse_shapes,
+    ),
+    "evict": (
+        "(Tensor account, Tensor position, Tensor lengths, int size, int sink_pages, "
+        "int window_pages, int budget_pages) -> Tensor",
+        contiguous.evict,
+        _account_shapes,
+    ),
+    "account": (
+        "(Tensor account, Tensor page_lse, Tensor lse, Tensor lengths, float decay) -> Tensor",
+        contiguous.account,
+        _account_shapes,
     ),
     "combine": ("(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)", combine, combine),
     "entering": (

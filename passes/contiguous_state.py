@@ -65,6 +65,7 @@ class _Rewriter:
                 node = self.graph.placeholder(f"site{site.layer}_{name}")
                 self.state[number, name] = node
         self.given = dict(self.state)
+        self.made_room: dict[int, fx.Node] = {}
         if not ragged:
             count, batch = (self.call(aten.sym_size.int, self.tokens, i) for i in (1, 0))
             device = self.device()
@@ -92,6 +93,16 @@ class _Rewriter:
     def held(self, slot: _Slot) -> fx.Node:
         return self.state[slot.site, slot.name]
 
+    def evicted(self, number: int) -> fx.Node:
+        """The account of a site once the new tokens have room."""
+        if number not in self.made_room:
+            memory = self.sites[number].memory
+            room = (memory.sink_pages, memory.window_pages, memory.budget_pages)
+            given = (self.state[number, "account"], self.position, self.lengths)
+            made = self.call(portable.operator("evict"), *given, memory.page_size, *room)
+            self.made_room[number] = self.state[number, "account"] = made
+        return self.made_room[number]
+
     def place(self, slot: _Slot) -> Place:
         return self.sites[slot.site].places[slot.store]
 
@@ -110,7 +121,7 @@ class _Rewriter:
                 self.rewrite(node)
             else:
                 self.copied[node] = self.graph.node_copy(node, lambda n: self.copied[n])
-        self.graph.eliminate_dead_code(is_impure_node=_is_write)
+        self.graph.eliminate_dead_code(is_impure_node=_writes)
         self.graph.lint()
         return fx.GraphModule(self.step, self.graph, "Step")
 
@@ -119,6 +130,10 @@ class _Rewriter:
 
     def output(self, node: fx.Node) -> None:
         raise NotImplementedError
+
+
+def _writes(node: fx.Node) -> bool:
+    return _is_write(node) or node.target is aten.copy_.default
 
 
 def _slots(number: int, site: SitePlaces) -> list[_Slot]:
@@ -167,12 +182,17 @@ class _Functional(_Rewriter):
         self, key: Any, value: Any, table: Any, position: Any, lengths: Any, keys: Any,
         values: Any, index: Any, fields: Any, record_table: Any = None,
     ) -> None:  # fmt: skip
-        place = self.place(self.slot(table))
+        place, number = self.place(self.slot(table)), self.slot(table).site
         records = self.place(self.slot(record_table)) if record_table is not None else place
         written = [keys, values, *index]
+        given = self.old((key, value, position, lengths, keys, values, [*index]))
+        if self.sites[number].memory.account is not None:
+            self.evicted(number)
+            inside = self.call(contiguous.within_page, *given[2:4], place.size)
+            given = (*given[:2], inside, *given[3:])
         made = self.new(
             "append_index",
-            *self.old((key, value, position, lengths, keys, values, [*index])),
+            *given,
             *(fields, place.size, place.pinned, place.reach, records.pinned),
         )
         for old, new in zip(written, self.parts(made, len(written)), strict=True):
@@ -235,6 +255,26 @@ class _Functional(_Rewriter):
             *(self.old(query), keys, values, bias, pages, exclude, *self.old((position, lengths))),
             *(scale, softcap, window, place.size, place.size // span, place.pinned),
         )
+
+    def attend_page_lse(
+        self, query: Any, keys: Any, values: Any, bias: Any, table: Any, pages: Any, exclude: Any,
+        position: Any, lengths: Any, scale: Any, softcap: Any, window: Any, span: Any,
+    ) -> fx.Node:  # fmt: skip
+        if bias is not None or pages is not None or span != 1:
+            raise AssertionError("attend.page_lse: expected a read of every page of keys")
+        account = self.evicted(self.slot(table).site)
+        given = self.old((query, keys, values))
+        return self.new(
+            "attend.page_lse",
+            *(*given, account, *self.old((position, lengths)), scale, softcap, window),
+            self.place(self.slot(table)).size,
+        )
+
+    def account(self, account: Any, *rest: Any) -> fx.Node:
+        slot = self.slot(account)
+        made = self.new("account", self.held(slot), *self.old(rest))
+        self.state[slot.site, slot.name] = made
+        return made  # stands for the pages that were read, which nothing is told of
 
     def whole(self, node: fx.Node) -> fx.Node:
         """A tensor of the state; records, which reads take as pages of one slot, as they are."""
@@ -313,6 +353,8 @@ _READS: Mapping[Any, Callable[..., Any]] = {
     ops.score_select.among: _Functional.among,
     ops.attend.default: _Functional.attend,
     ops.attend.summaries: _Functional.summaries,
+    ops.attend.page_lse: _Functional.attend_page_lse,
+    lists.account: _Functional.account,
     lists.held: _Functional.lists_held,
     lists.entering: _Functional.entering,
     ops.state_step.default: _Functional.state_step,
@@ -329,6 +371,13 @@ class _Paged(_Rewriter):
         self.tables: dict[Any, tuple[fx.Node, fx.Node]] = {}
 
     def rewrite(self, node: fx.Node) -> None:
+        if node.target is lists.account:
+            slot = self.slot(node.args[0])
+            rest = fx.node.map_arg(node.args[1:], lambda n: self.copied[n])
+            made = self.call(portable.operator("account"), self.evicted(slot.site), *rest)
+            self.call(aten.copy_.default, self.given[slot.site, slot.name], made)
+            self.copied[node] = made  # stands for the pages read, which nothing is told of
+            return
         tables = [self.slots[n] for n in node.all_input_nodes if self._is_table(n)]
         position = self.table(tables[0])[1] if tables else self.position
 
@@ -364,7 +413,15 @@ class _Paged(_Rewriter):
             anchor = grown[-1] if grown else None
         # Sites alike share a table, as they do in an engine.
         above = site.places[anchor] if anchor is not None else None
-        key = (place, above, exact, site.kv_heads)
+        key: Any = (place, above, exact, site.kv_heads)
+        if site.memory.account is not None:
+            key = slot.site
+            if key not in self.tables:
+                given = (self.evicted(key), self.position, self.lengths, place.size)
+                self.tables[key] = (
+                    self.call(contiguous.table_of_resident, *given),
+                    self.position,
+                )
         if key not in self.tables:
             slots = place.size if exact else 1
             if anchor is None:

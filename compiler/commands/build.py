@@ -64,6 +64,7 @@ def build(
     )
     target = out or Path(default_name(source.path, policy))
     formats = known_formats([name.strip() for name in emit.split(",")] if emit is not None else [])
+    from ..manifest import listed
     from ..package import check_target, write, write_refusal
     from ..pipeline import build as build_model
     from ..report import stage
@@ -94,3 +95,7 @@ def build(
     show(report)
     held = f"wrote the report alone to {target}/" if refused else f"wrote {target}/"
     click.echo("nothing written: --dry-run" if dry_run else held)
+    for artefact in [] if dry_run or refused else listed(target):
+        click.echo(f"exported {artefact.format}: {target / artefact.folder / artefact.main}")
+        for line in artefact.notes:
+            click.echo(f"  {line}")

@@ -123,6 +123,7 @@ def evaluate(
         unused = {
             "--arch": source.arch,
             "--arch-config": source.arch_config,
+            "--dtype": source.dtype,
             "--max-context": source.max_context,
         }
         for flag, value in unused.items():

@@ -29,7 +29,7 @@ class Source:
 
     Attributes:
         path: what the user gave.
-        arch, arch_config, trust_pickle: as for `compiler.load.load`.
+        arch, arch_config, trust_pickle, dtype: as for `compiler.load.load`.
         max_context: as for `pipeline.build`.
     """
 
@@ -38,6 +38,7 @@ class Source:
     arch_config: Path | None
     trust_pickle: bool
     max_context: int | None
+    dtype: str | None = None
 
     @property
     def name(self) -> str:
@@ -52,6 +53,7 @@ class Source:
             self.path,
             arch=self.arch,
             arch_config=self.arch_config,
+            dtype=self.dtype,
             trust_pickle=self.trust_pickle,
         )
 
@@ -67,9 +69,10 @@ def source(metavar: str = "MODEL") -> Callable[[Callable[..., Any]], Callable[..
             arch_config: Path | None,
             trust_pickle: bool,
             max_context: int | None,
+            dtype: str | None,
             **rest: Any,
         ) -> Any:
-            given = Source(model, arch, arch_config, trust_pickle, max_context)
+            given = Source(model, arch, arch_config, trust_pickle, max_context, dtype)
             return command(source=given, **rest)
 
         decorated: Callable[..., Any] = with_source
@@ -81,6 +84,19 @@ def source(metavar: str = "MODEL") -> Callable[[Callable[..., Any]], Callable[..
 
 
 PATH = click.Path(path_type=Path)
+
+
+class Choice(_Choice):
+    """click's, which also names the nearest value for a wrong one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return str(super().convert(value, param, ctx))
+        except click.BadParameter as error:
+            near = closest(str(value), map(str, self.choices))
+            guess = f" Did you mean {near!r}?" if near is not None else ""
+            raise click.BadParameter(f"{error.message}{guess}", ctx, param) from None
+
 
 _READING = (
     click.option(
@@ -105,19 +121,12 @@ _READING = (
         metavar="N",
         help="Context that length-dependent position tables are resolved for.",
     ),
+    click.option(
+        "--dtype",
+        type=Choice(["float32", "float16", "bfloat16"]),
+        help="Convert the weights. [default: as they are]",
+    ),
 )
-
-
-class Choice(_Choice):
-    """click's, which also names the nearest value for a wrong one."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            return str(super().convert(value, param, ctx))
-        except click.BadParameter as error:
-            near = closest(str(value), map(str, self.choices))
-            guess = f" Did you mean {near!r}?" if near is not None else ""
-            raise click.BadParameter(f"{error.message}{guess}", ctx, param) from None
 
 
 kernels = click.option(

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
-from ...models.memory.places import Place, SitePlaces, check_contiguous, contiguous_names
-from ...passes.result import Declined, NotRewritten
+from ...models.memory.places import Place, SitePlaces, contiguous_names, splits_at
+from ...passes.remember import StepGraph
 from ...runtime.engine import CHUNK_TOKENS, Program
 from ...runtime.site_layout import SiteLayout
 from ..archive import one_line
@@ -89,6 +90,8 @@ class Contract:
         state: in the order of the engine's inputs and outputs.
         capacity: None where nothing grows.
         longest_call: most tokens of one call; None: any number.
+        splits_at: a call may end at a multiple of this position, and may not cross one; None: it
+            may end anywhere.
         context: most tokens a sequence may hold; None: as many as there is capacity for.
         vocabulary: tokens are 0 .. vocabulary - 1.
     """
@@ -100,6 +103,7 @@ class Contract:
     state: tuple[StateTensor, ...]
     capacity: Capacity | None
     longest_call: int | None
+    splits_at: int | None
     context: int | None
     vocabulary: int
 
@@ -158,7 +162,7 @@ class Contract:
         names = [*self.inputs, self.logits]
         if any(not isinstance(name, str) or not name for name in names):
             raise ValueError(f"names are {names!r}")
-        for number in (self.longest_call, self.context):
+        for number in (self.longest_call, self.splits_at, self.context):
             if number is not None and (type(number) is not int or number < 1):
                 raise ValueError(f"{number!r} where a number of tokens was expected")
         for tensor in self.state:
@@ -195,16 +199,7 @@ def read_contract(folder: Path) -> Contract:
 
 
 def places_of(program: Program) -> list[SitePlaces]:
-    """Where the pages of each site lie without a host.
-
-    Raises:
-        NotRewritten: a memory that needs a host.
-    """
-    why = check_contiguous([layout.memory for layout in program.layouts])
-    if why:
-        raise NotRewritten(
-            "this memory cannot be exported", [Declined(why, "the policy", "export")]
-        )
+    """Where the pages of each site lie without a host."""
     return [
         SitePlaces(number, layout.memory, layout.kv_heads, tuple(_places(layout, program.limit)))
         for number, layout in enumerate(program.layouts)
@@ -247,6 +242,7 @@ def contract_of(program: Program, sites: Sequence[SitePlaces]) -> Contract:
         tuple(state),
         capacity,
         CHUNK_TOKENS if turns else None,
+        splits_at(site.memory for site in sites),
         program.limit,
         program.vocabulary,
     )
@@ -271,6 +267,20 @@ def _state(site: SitePlaces, layout: SiteLayout, capacity: Capacity | None) -> l
             else:
                 columns, grows = place.columns(CHUNK_TOKENS), None
             add(dtype, (layout.kv_heads, columns * slots, shape[-1]), grows)
+    if site.memory.account is not None:
+        assert capacity is not None
+        size = site.memory.page_size
+        add(torch.float32, (layout.kv_heads, capacity.tokens // size), Grows(2, size))
     for shape, dtype in layout.rows():
         add(dtype, shape, None)
     return made
+
+
+def prefill_of(step: StepGraph, program: Program) -> fx.GraphModule | None:
+    """The graph that reads a prompt densely, for a second engine on the same state; None where the
+    one graph does for both, or where pages are let go of, so that nothing is there to be read."""
+    if step.dense is step.policy:
+        return None
+    if any(store.key.lets_go for layout in program.layouts for store in layout.stores()):
+        return None
+    return step.dense

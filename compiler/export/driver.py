@@ -68,13 +68,9 @@ class Driver:
         """Feeds tokens [B, n] (int64), of which `lengths` are valid; logits [B, n, V].
 
         Raises:
-            ValueError: more tokens than the engine takes, or lengths where it takes none.
+            ValueError: lengths where the engine takes none, or more tokens than its context.
         """
         contract, n = self.contract, tokens.shape[1]
-        if contract.longest_call is not None and n > contract.longest_call:
-            raise ValueError(
-                f"{n} tokens in one call; this engine takes up to {contract.longest_call}"
-            )
         counts = [n] * self.batch if lengths is None else [*lengths]
         if contract.lengths is None and any(count != n for count in counts):
             raise ValueError(
@@ -86,9 +82,29 @@ class Driver:
                 f"{longest} tokens exceed the context of {contract.context} that the model has "
                 "positions for"
             )
-        self.grow(longest)
+        made, start = [], 0
+        while start < n:
+            left = [max(count - start, 0) for count in counts]
+            size = min(n - start, self._room(n - start, left))
+            left = [min(count, size) for count in left]
+            made.append(self._call(tokens[:, start : start + size], left))
+            start += size
+        return made[0] if len(made) == 1 else torch.cat(made, 1)
+
+    def _room(self, n: int, counts: Sequence[int]) -> int:
+        """Of n tokens, of which `counts` are valid, those that one call may take now."""
+        room, piece = self.contract.longest_call or n, self.contract.splits_at
+        if piece is None:
+            return room
+        rows = zip(self.position, counts, strict=True)
+        return min(room, *(piece - p % piece for p, c in rows if c or not any(counts)))
+
+    def _call(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        contract = self.contract
+        # Some engines want room for the padding, too.
+        self.grow(max(self.position) + tokens.shape[1])
         given = {
-            contract.tokens: tokens,
+            contract.tokens: tokens.contiguous(),
             contract.position: torch.tensor(self.position, dtype=torch.int32),
             **self.state,
         }

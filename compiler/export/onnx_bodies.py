@@ -7,14 +7,15 @@ stand-ins (`onnx_symbols.py`) of the call's types and sizes.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ...models import portable
 from .onnx_model import DOMAIN, NODES
-from .onnx_symbols import Recorder, Symbol, parsed, written
+from .onnx_symbols import NUMPY, Recorder, Symbol, parsed, written
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -66,40 +67,61 @@ def _static(attribute: Any) -> Any:
 
 
 def _function(node: ir.Node, opset: int) -> ir.Function:
-    """What a node means: its operator's text, run on stand-ins of its inputs."""
+    """What a node means."""
     import onnx_ir as ir
-    import onnx_ir.passes.common as passes
 
     static = {name: _static(value) for name, value in node.attributes.items()}
-    recorder = Recorder(opset)
-    by_name: dict[str, Symbol] = {}
+    given = {}
     for name, value in zip(static["inputs"], node.inputs, strict=True):
         assert value is not None and value.shape is not None and value.dtype is not None
-        given = ir.Value(name=name, type=value.type, shape=value.shape)
         sizes = [size if isinstance(size, int) else str(size.value) for size in value.shape]
-        by_name[name] = recorder.given(given, _torch_dtype(value.dtype), sizes)
-    operator = portable.operator(_OPERATORS[node.op_type])
-    made = portable.TEXTS[operator](*_arguments(operator, by_name, static))
-    symbols = [made] if isinstance(made, Symbol) else [*made]
-    outputs = written(symbols)
-    _check_results(node, symbols)
-    for number, output in enumerate(outputs):
-        output.name = f"out{number}"
-    inputs = [symbol.value for symbol in by_name.values()]
-    graph = ir.Graph(
-        inputs,
-        outputs,
-        nodes=recorder.nodes,
-        opset_imports={"": opset},
-        name=node.op_type,
-    )
-    passes.RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+        given[name] = (_torch_dtype(value.dtype), sizes)
+    graph, results = write_body(_OPERATORS[node.op_type], given, static, opset)
+    _check_results(node, results)
     attributes = [ir.Attr(name, value.type, None) for name, value in node.attributes.items()]
     return ir.Function(DOMAIN, node.op_type, "", graph=graph, attributes=attributes)
 
 
+def write_body(
+    name: str,
+    given: Mapping[str, tuple[torch.dtype, Sequence[int | str]]],
+    static: Mapping[str, Any],
+    opset: int,
+) -> tuple[ir.Graph, list[Symbol]]:
+    """An operator's text, run on stand-ins of its tensors.
+
+    Args:
+        name: in `models.portable.OPS`.
+        given: type and shape of each tensor; those of a list are `index_0`, `index_1`, ... Sizes
+            that are only known when the engine runs are symbols or multiples: `8*units`.
+        static: its other arguments.
+
+    Returns:
+        The graph; its outputs, `out0`, `out1`, ...
+    """
+    import onnx_ir as ir
+    import onnx_ir.passes.common as passes
+
+    recorder = Recorder(opset)
+    by_name: dict[str, Symbol] = {}
+    for key, (dtype, sizes) in given.items():
+        number = ir.DataType.from_numpy(np.dtype(NUMPY[dtype]))
+        value = ir.Value(name=key, type=ir.TensorType(number), shape=ir.Shape(sizes))
+        by_name[key] = recorder.given(value, dtype, sizes)
+    operator = portable.operator(name)
+    made = portable.TEXTS[operator](*_arguments(operator, by_name, static))
+    results = [made] if isinstance(made, Symbol) else [*made]
+    outputs = written(results)
+    for order, output in enumerate(outputs):
+        output.name = f"out{order}"
+    inputs = [symbol.value for symbol in by_name.values()]
+    graph = ir.Graph(inputs, outputs, nodes=recorder.nodes, opset_imports={"": opset}, name=name)
+    passes.RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+    return graph, results
+
+
 def _arguments(
-    operator: torch._ops.OpOverload, by_name: dict[str, Symbol], static: dict[str, Any]
+    operator: torch._ops.OpOverload, by_name: Mapping[str, Symbol], static: Mapping[str, Any]
 ) -> list[Any]:
     args: list[Any] = []
     for argument in operator._schema.arguments:

@@ -7,15 +7,16 @@ position that looks constant. Here that is an error, before anyone is handed the
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .contract import Contract, StateTensor
 from .driver import Driver
+from .runners import RUNNERS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -125,22 +126,6 @@ def check_depends(model: ir.Model, contract: Contract, name: str = "model.onnx")
             )
 
 
-def session_call(path: Path, contract: Contract) -> Callable[[Mapping[str, Tensor]], Any]:
-    """A `driver.Call` that runs the model in onnxruntime, on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def call(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        made = session.run(contract.outputs, {name: x.numpy() for name, x in given.items()})
-        return {name: torch.from_numpy(x) for name, x in zip(contract.outputs, made, strict=True)}
-
-    return call
-
-
 def can_run() -> bool:
     """Whether onnxruntime is here."""
     return importlib.util.find_spec("onnxruntime") is not None
@@ -168,7 +153,7 @@ def check_answers(path: Path, graph: torch.nn.Module, contract: Contract) -> flo
     if contract.capacity is not None:
         capacity = min(contract.capacity.tokens, 2 * contract.capacity.multiple)
     truth = Driver(contract, eager, batch=2, capacity=capacity)
-    made = Driver(contract, session_call(path, contract), batch=2, capacity=capacity)
+    made = Driver(contract, RUNNERS["onnx"](path, contract), batch=2, capacity=capacity)
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for number, n in enumerate(_calls(contract)):

@@ -34,6 +34,9 @@ NODES: dict[str, str] = {
     "score_select.among": "MemcScoreSelectAmong",
     "attend": "MemcAttend",
     "attend.summaries": "MemcSummaries",
+    "attend.page_lse": "MemcAttendPageLse",
+    "evict": "MemcEvict",
+    "account": "MemcAccount",
     "combine": "MemcCombine",
     "entering": "MemcEntering",
     "additive_state": "MemcState",
@@ -158,6 +161,8 @@ def onnx_model(
     require_onnx()
     check_opset(opset)
     table = {portable.operator(name): _as_node(name) for name in NODES}
+    # Reads of several kinds of pages are merged by an operator that has no state to be rewritten.
+    table[torch.ops.memcompile.combine.default] = _as_node("combine")
     for name, translation in (translations or {}).items():
         table[portable.operator(name)] = _checked(name, translation)
     given, axes = example(contract)
@@ -187,7 +192,7 @@ def exported(
     **names: Any,
 ) -> ir.Model:
     """`torch.onnx.export`, quietly; nothing is optimised yet."""
-    whole = {**_WHOLE_DIVISION, **table}
+    whole = {**_OWN, **table}
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
@@ -323,7 +328,18 @@ def _divided(value: Any, by: Any, *, rounding_mode: str | None = None) -> Any:
     return made
 
 
-_WHOLE_DIVISION: dict[Any, Translation] = {
+def _where(condition: Any, first: Any, second: Any) -> Any:
+    """A choice between booleans in words that onnxruntime has kernels for."""
+    from onnxscript import opset18 as op
+
+    if first.dtype.name == "BOOL":
+        return op.Or(op.And(condition, first), op.And(op.Not(condition), second))
+    return op.Where(condition, first, second)
+
+
+# The exporter's own translations of these are wrong or do not run.
+_OWN: dict[Any, Translation] = {
+    torch.ops.aten.where.self: _where,
     torch.ops.aten.div.Tensor_mode: _divided,
     torch.ops.aten.div.Scalar_mode: _divided,
 }

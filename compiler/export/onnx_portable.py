@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ...passes.contiguous_state import make_functional
-from .contract import Contract, contract_of, places_of
+from .contract import Contract, contract_of, places_of, prefill_of
 from .formats import Artefact, this_machine
 from .onnx_check import (
     can_run,
@@ -56,8 +56,9 @@ def functional_graphs(compiled: Compiled) -> tuple[Contract, dict[str, fx.GraphM
     assert program is not None and step is not None
     sites = places_of(program)
     graphs = {MAIN: make_functional(step.policy, sites, program.ragged)}
-    if step.dense is not step.policy:
-        graphs[PREFILL] = make_functional(step.dense, sites, program.ragged)
+    dense = prefill_of(step, program)
+    if dense is not None:
+        graphs[PREFILL] = make_functional(dense, sites, program.ragged)
     return contract_of(program, sites), graphs
 
 
@@ -71,8 +72,9 @@ def refuse_bfloat16(contract: Contract, graph: torch.nn.Module) -> None:
     held += [x.dtype for x in (*graph.parameters(), *graph.buffers())]
     if torch.bfloat16 in held:
         raise ValueError(
-            "the model is bfloat16, for which onnxruntime has no kernels on CPUs; export "
-            "model.to(torch.float32) or model.to(torch.float16), or another format than onnx"
+            "the model is bfloat16, for which onnxruntime has no kernels on CPUs; convert it with "
+            "--dtype float32 or float16, model.to(torch.float32) in Python, or export another "
+            "format than onnx"
         )
 
 

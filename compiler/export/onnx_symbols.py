@@ -19,7 +19,7 @@ from ...models.memory import contiguous
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_NUMPY = {
+NUMPY = {
     torch.float16: np.float16,
     torch.float32: np.float32,
     torch.float64: np.float64,
@@ -53,7 +53,7 @@ class Recorder:
     def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> ir.Value:
         import onnx_ir as ir
 
-        array = np.asarray(value, _NUMPY[dtype])
+        array = np.asarray(value, NUMPY[dtype])
         key = ("Constant", array.dtype.str, array.shape, array.tobytes())
         if key not in self.made:
             made = ir.node("Constant", [], {"value": ir.tensor(array)})
@@ -166,6 +166,7 @@ class Symbol:
     ) -> None:
         self.recorder, self.value, self.dtype = recorder, value, dtype
         self.shape = tuple(shape)
+        self.reshaped: Symbol | None = None  # what it is a reshape of
 
     # --- what torch asks ---
 
@@ -200,7 +201,7 @@ class Symbol:
 
         if dtype == self.dtype:
             return self
-        number = ir.DataType.from_numpy(np.dtype(_NUMPY[dtype])).value
+        number = ir.DataType.from_numpy(np.dtype(NUMPY[dtype])).value
         return self._new(self._op("Cast", to=number), dtype)
 
     def long(self) -> Symbol:
@@ -334,6 +335,8 @@ class Symbol:
         sizes = [_ratio(whole, rest) if size == -1 else size for size in shape]
         if sizes == [*self.shape]:
             return self
+        if self.reshaped is not None:
+            return self.reshaped.view(*sizes)
         # 0 keeps an axis as it is, and one size may be left to follow from the others.
         target: list[int | Size] = []
         for axis, size in enumerate(sizes):
@@ -342,7 +345,9 @@ class Symbol:
         unknown = [axis for axis, size in enumerate(target) if isinstance(size, Size)]
         if len(unknown) == 1:
             target[unknown[0]] = -1
-        return self._new(self._op("Reshape", self._sizes(target)), shape=sizes)
+        made = self._new(self._op("Reshape", self._sizes(target)), shape=sizes)
+        made.reshaped = self
+        return made
 
     def _sizes(self, sizes: Sequence[int | Size]) -> ir.Value:
         """Sizes as one int64 tensor."""
@@ -517,7 +522,14 @@ def _common(values: Sequence[Any]) -> torch.dtype:
     return found
 
 
+# What leaves the other operand as it is.
+_NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}
+
+
 def _pair(kind: str, first: Any, second: Any, result: torch.dtype | None = None) -> Symbol:
+    if type(second) is int and second == _NEUTRAL.get(kind) and first.dtype != torch.bool:
+        kept: Symbol = first
+        return kept
     like = first if isinstance(first, Symbol) else second
     dtype = _common([first, second])
     if kind == "Div" and not dtype.is_floating_point:
@@ -528,6 +540,9 @@ def _pair(kind: str, first: Any, second: Any, result: torch.dtype | None = None)
 
 
 def _where(condition: Symbol, first: Any, second: Any) -> Symbol:
+    if all(isinstance(x, Symbol) and x.dtype == torch.bool for x in (first, second)):
+        # onnxruntime's Where has no kernel for these.
+        return (condition & first) | (~condition & second)
     dtype = _common([first, second])
     a, b = (_operand(x, condition, dtype) for x in (first, second))
     made = condition._op("Where", a.value, b.value)
@@ -546,6 +561,12 @@ def _remainder(value: Symbol, by: Any) -> Symbol:
     if value.dtype.is_floating_point:
         raise TypeError(f"remainder of {value.dtype}")
     return _pair("Mod", value, by)
+
+
+def _pow(base: float, power: Symbol) -> Symbol:
+    return power._new(
+        power.recorder.op("Pow", power.recorder.constant(base, power.dtype), power.value)
+    )
 
 
 def _iota(count: int | Size, like: Symbol) -> Symbol:
@@ -605,6 +626,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "minimum": lambda a, b: _pair("Min", a, b),
     "remainder": _remainder,
     "div": _div,
+    "pow": _pow,
     "tanh": lambda x: x._each("Tanh"),
     "stack": _stack,
     "pad": _pad,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .spec import Memory
@@ -55,17 +56,14 @@ def contiguous_names(memory: Memory) -> list[str]:
         names += [f"{name}_{size}" for size in memory.levels for name in memory.fields]
     else:
         names += [f"index_{name}" for name in memory.fields]
+    if memory.account is not None:
+        names.append("account")
     if memory.state is not None:
         names += ["state", "norm"] if memory.state.normalised else ["state"]
     return names
 
 
-def check_contiguous(memories: Sequence[Memory]) -> str:
-    """Why these memories need a host beside the graph, or nothing."""
-    for memory in memories:
-        if memory.account is not None:
-            return (
-                f"memory {memory.name!r} keeps an account, by which the host evicts pages between "
-                "calls; an exported engine has no host"
-            )
-    return ""
+def splits_at(memories: Iterable[Memory]) -> int | None:
+    """Tokens at whose multiples a call must end, since accounts let go of pages there; or None."""
+    sizes = [memory.page_size for memory in memories if memory.account is not None]
+    return math.gcd(*sizes) if sizes else None

@@ -353,3 +353,21 @@ def test_loading_runs_no_network_and_writes_nothing(tmp_path: Path) -> None:
     loaded = load(tmp_path / "m.pt2")
     assert isinstance(loaded, Loaded)
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
+
+
+def test_weights_are_converted_and_tables_are_not() -> None:
+    folder = Path(__file__).parents[2] / "models/networks/checkpoints/bytes-small"
+    plain, wide = (load(folder, dtype=dtype).module for dtype in (None, "float32"))
+    assert plain is not None and wide is not None
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    halved = load(folder, dtype="float16").module
+    assert halved is not None and halved.model.rotary_emb.inv_freq.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_a_type_that_nothing_is_converted_to(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown dtype 'int8'; known: float32, float16, bfloat16"):
+        load(tmp_path, dtype="int8")
+    torch.export.save(exported(), tmp_path / "a.pt2")
+    with pytest.raises(ValueError, match="computes in the types it was exported with"):
+        load(tmp_path / "a.pt2", dtype="float16")

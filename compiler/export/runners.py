@@ -1,0 +1,77 @@
+"""Runs one exported engine here: a function from named inputs to named outputs, a format each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .contract import Contract
+from .formats import Artefact
+
+if TYPE_CHECKING:
+    from .driver import Call
+
+
+class CannotRun(Exception):
+    """Why an engine does not run on this machine; no fault of the engine."""
+
+
+def runner(folder: Path, artefact: Artefact, contract: Contract) -> Call:
+    """What runs an engine of `artefact`, in its folder.
+
+    Raises:
+        CannotRun: this machine lacks what it needs, or it is none that a contract drives.
+        RuntimeError: it should run here and does not load.
+    """
+    make = RUNNERS.get(artefact.format)
+    if make is None:
+        raise CannotRun(f"{artefact.format} engines do not run on this machine")
+    return make(folder / artefact.main, contract)
+
+
+def _onnx(path: Path, contract: Contract) -> Call:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise CannotRun("onnxruntime is not installed: pip install memcompile[onnx]") from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def call(given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        feed = {name: tensor.numpy() for name, tensor in given.items()}
+        made = session.run(contract.outputs, feed)
+        return {
+            name: torch.from_numpy(value)
+            for name, value in zip(contract.outputs, made, strict=True)
+        }
+
+    return call
+
+
+def _aoti(path: Path, contract: Contract) -> Call:
+    for library in sorted(path.parent.glob("*.so")):
+        torch.ops.load_library(library)
+    model: Any = torch._inductor.aoti_load_package(str(path))
+
+    def call(given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        made = model(*(given[name] for name in contract.inputs))
+        return dict(zip(contract.outputs, _flat(made), strict=True))
+
+    return call
+
+
+def _flat(made: Any) -> list[Tensor]:
+    return [made] if isinstance(made, Tensor) else [*made]
+
+
+RUNNERS: dict[str, Callable[[Path, Contract], Call]] = {
+    "aoti": _aoti,
+    "aoti-portable": _aoti,
+    "onnx": _onnx,
+    "onnx-ort": _onnx,
+}
