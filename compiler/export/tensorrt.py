@@ -1,4 +1,4 @@
-"""TensorRT: an engine where there is a GPU, elsewhere all that one is built from: `--emit tensorrt`.
+"""TensorRT: an engine where there is a GPU, elsewhere all that one needs: `--emit tensorrt`.
 
 With torch-tensorrt and a GPU, `model.plan` and perhaps `prefill.plan`, as `tensorrt-rtx` has them.
 Without, a recipe: the inlined ONNX models that TensorRT's parser takes, the same with their memory
@@ -104,7 +104,8 @@ def standard_program(graph: fx.GraphModule, contract: Contract) -> ExportedProgr
         portable.operator("put_rows"): _put_rows,
         portable.operator("largest"): _largest,
     }
-    return program.run_decompositions(texts)
+    standard: ExportedProgram = program.run_decompositions(texts)
+    return standard
 
 
 def _put_rows(cache: Tensor, at: Tensor, new: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ def sizes_for(
     for name, value in given.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give 1 or more")
-    most = call or min(CALL, longest or CALL, contract["context"] or CALL)
+    ends = (longest, contract["splits_at"], contract["context"])
+    most = call or min([CALL, *(end for end in ends if end is not None)])
     room = contract["capacity"]
     if room is None:
         if capacity is not None:
