@@ -1,9 +1,9 @@
 """Kernels with the parameters that TensorRT's ahead-of-time plug-ins pass, and no others.
 
-Such a plug-in is one kernel. It is passed the pointers of its inputs, then 32-bit numbers that follow
-from shapes, then the pointers of its outputs: no other numbers, no memory beside. So a kernel is
-wrapped: what is fixed becomes a constant, strides follow from shapes, and Triton's own parameters,
-which nobody would pass, are taken out of the PTX.
+Such a plug-in is one kernel. It is passed the pointers of its inputs, then 32-bit numbers that
+follow from shapes, then the pointers of its outputs: no other numbers, no memory beside. So a
+kernel is wrapped: what is fixed becomes a constant, strides follow from shapes, and Triton's own
+parameters, which nobody would pass, are taken out of the PTX.
 """
 
 from __future__ import annotations
@@ -97,11 +97,16 @@ def plugin_kernels(plugin: Plugin, target: str) -> list[PluginKernel]:
     """
     if not target.startswith("cuda:"):
         raise ValueError(f"TensorRT runs on CUDA; the target is {target!r}")
+    return [_kernel(plugin, target, role, one) for role, one in plugin_launches(plugin, target)]
+
+
+def plugin_launches(plugin: Plugin, target: str) -> list[tuple[str, Launched]]:
+    """The launches of a plug-in's spec that do all of it, by their roles; see `plugin_kernels`."""
     spec = plugin.spec
-    found: list[PluginKernel] = []
+    found: dict[str, Launched] = {}
     known = launches(spec, target)
     for plan in plans(spec, module(spec, target), plugin.width):
-        launch = _single(plan)
+        launch = single_launch(plan)
         if launch is None or not _ranks(launch, plugin):
             continue
         role = next(
@@ -110,13 +115,12 @@ def plugin_kernels(plugin: Plugin, target: str) -> list[PluginKernel]:
             if (told.kernel, told.warps) == (launch.kernel, launch.warps)
             and told.constants.items() <= {**launch.constants, **_list(told)}.items()
         )
-        if role not in [kernel.role for kernel in found]:
-            found.append(_kernel(plugin, target, role, launch))
+        found.setdefault(role, launch)
         if plugin.columns is not None:
             break  # the narrowest that ranks them all
     if not found:
         raise NotCovered(f"{spec.name}: on {target} it takes more than one launch")
-    return found
+    return [*found.items()]
 
 
 def _list(told: Launch) -> dict[str, int]:
@@ -124,8 +128,8 @@ def _list(told: Launch) -> dict[str, int]:
     return {"LIST": told.constants["LIST"]} if "LIST" in told.constants else {}
 
 
-def _single(plan: Plan) -> Launched | None:
-    """The launch of a plan that has one, writes to nothing that is not returned, and fills nothing."""
+def single_launch(plan: Plan) -> Launched | None:
+    """The launch of a plan that has one, and allocates what is returned alone, filled by it."""
     allocated = [step for step in plan.steps if not isinstance(step, Launched)]
     returned = {id(tensor) for tensor in plan.returns}
     for step in allocated:
@@ -140,17 +144,10 @@ def _ranks(launch: Launched, plugin: Plugin) -> bool:
 
 
 def _kernel(plugin: Plugin, target: str, role: str, launched: Launched) -> PluginKernel:
-    known = _known_sizes(plugin)
-    extras = tuple(
-        dict.fromkeys(
-            name
-            for value in launched.arguments.values()
-            if isinstance(value, Size)
-            for name in _bound(value, plugin, known).names
-        )
-    )
+    known = known_sizes(plugin)
+    extras = extras_of(launched, known)
     launch = Launch(launched.kernel, launched.constants, launched.warps, launched.stages)
-    made = _wrapped(plugin, target, launched, extras, known)
+    made = wrapped(plugin, target, launched, extras, known)
     pointers = [(f"p_{o.name}", _pointer(o)) for o in (*plugin.inputs, *plugin.outputs)]
     inputs, outputs = pointers[: len(plugin.inputs)], pointers[len(plugin.inputs) :]
     signature = dict([*inputs, *((name, "i32") for name in extras), *outputs])
@@ -169,10 +166,16 @@ def _kernel(plugin: Plugin, target: str, role: str, launched: Launched) -> Plugi
     assert compiled is not None
     passed = ptx.drop_hidden(compiled.assembly)
     _check(passed, plugin, signature)
-    grid = tuple(_bound(extent, plugin, known) for extent in launched.grid)
+    grid = tuple(bound(extent, known) for extent in launched.grid)
     return PluginKernel(
         role, passed, extras, (grid[0], grid[1], grid[2]), compiled.threads, compiled.shared
     )
+
+
+def extras_of(launched: Launched, known: Mapping[str, Extent]) -> tuple[str, ...]:
+    """The sizes that a kernel has to be told, in the order in which it meets them."""
+    formulas = [value for value in launched.arguments.values() if isinstance(value, Size)]
+    return tuple(dict.fromkeys(name for f in formulas for name in bound(f, known).names))
 
 
 def _check(text: str, plugin: Plugin, signature: Mapping[str, str]) -> None:
@@ -184,7 +187,7 @@ def _check(text: str, plugin: Plugin, signature: Mapping[str, str]) -> None:
         raise ValueError(f"{entry.name} takes {kinds}; {plugin.name} is passed {expected}")
 
 
-def _known_sizes(plugin: Plugin) -> dict[str, Extent]:
+def known_sizes(plugin: Plugin) -> dict[str, Extent]:
     """Sizes and strides by name: what follows from shapes, tensors being contiguous."""
     found: dict[str, Extent] = {**plugin.known, "splits": 1}
     found.update({k: v for k, v in plugin.constants.items() if isinstance(v, int)})
@@ -201,19 +204,19 @@ def _known_sizes(plugin: Plugin) -> dict[str, Extent]:
     return found
 
 
-def _bound(value: Extent, plugin: Plugin, known: Mapping[str, Extent]) -> Size:
+def bound(value: Extent, known: Mapping[str, Extent]) -> Size:
     """A formula in which what is known stands in place of its name."""
-    bound = value.bound(known) if isinstance(value, Size) else value
-    while isinstance(bound, Size) and any(name in known for name in bound.names):
-        bound = bound.bound(known)
-    return bound if isinstance(bound, Size) else Size("number", bound)
+    found = value.bound(known) if isinstance(value, Size) else value
+    while isinstance(found, Size) and any(name in known for name in found.names):
+        found = found.bound(known)
+    return found if isinstance(found, Size) else Size("number", found)
 
 
 def _pointer(operand: Operand) -> str:
     return f"*{_TYPES[str(operand.dtype).removeprefix('torch.')]}"
 
 
-def _wrapped(
+def wrapped(
     plugin: Plugin,
     target: str,
     launched: Launched,
@@ -223,14 +226,13 @@ def _wrapped(
     """The spec's module with a kernel more: one that calls it with what a plug-in is passed."""
     given = {o.stands_for: f"p_{o.name}" for o in (*plugin.inputs, *plugin.outputs)}
     arguments = []
-    for parameter, value in launched.arguments.items():
+    for value in launched.arguments.values():
         if isinstance(value, StandIn):
             arguments.append(given[value.name])
         elif isinstance(value, str):
             arguments.append(repr(float(plugin.constants[value])))
         else:
-            arguments.append(_bound(value, plugin, known).text())
-        del parameter
+            arguments.append(bound(value, known).text())
     lines = [
         *("", "", "@triton.jit", f"def {plugin.name}("),
         *(f"    p_{o.name},{_comment(o)}" for o in plugin.inputs),
