@@ -75,7 +75,7 @@ def check_opset(opset: int) -> None:
         )
 
 
-def example(contract: Contract) -> tuple[list[Tensor], list[dict[int, Any]]]:
+def example(contract: Contract, device: torch.device) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Inputs of an engine by its contract, and which of their axes are symbols.
 
     Returns:
@@ -100,7 +100,13 @@ def example(contract: Contract) -> tuple[list[Tensor], list[dict[int, Any]]]:
             symbols[tensor.grows.axis] = times * dims[UNITS] if times > 1 else dims[UNITS]
         given.append(torch.zeros(shape, dtype=tensor.torch_dtype))
         axes.append(symbols)
-    return given, axes
+    return [tensor.to(device) for tensor in given], axes
+
+
+def device_of(graph: torch.nn.Module) -> torch.device:
+    """Where a graph's weights are."""
+    weights = [*graph.parameters(), *graph.buffers()]
+    return weights[0].device if weights else torch.device("cpu")
 
 
 def _dim_names(contract: Contract) -> dict[str, str]:
@@ -165,7 +171,7 @@ def onnx_model(
     table[torch.ops.memcompile.combine.default] = _as_node("combine")
     for name, translation in (translations or {}).items():
         table[portable.operator(name)] = _checked(name, translation)
-    given, axes = example(contract)
+    given, axes = example(contract, device_of(graph))
     model = exported(
         graph,
         given,
