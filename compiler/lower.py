@@ -245,19 +245,41 @@ def load_linear(device: torch.device, kernels: str) -> tuple[Any, str]:
         return None, " ".join(str(reason).split())
 
 
+def memory_calls(
+    traced: Mapping[str, Traced],
+) -> Iterator[tuple[str, fx.Node, KernelSpec | NotCovered, tuple[Any, ...]]]:
+    """Every memory operation of traced graphs: the graph's name, the node, its kernel's spec and
+    the fake arguments of that kernel; or why no template covers it, and none."""
+    for name, step in traced.items():
+        for node in step.graph.graph.nodes:
+            if node.op != "call_function" or node.target not in FAMILIES:
+                continue
+            fakes = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+            try:
+                spec, given = specialise(_family(node), fakes)
+            except NotCovered as reason:
+                yield name, node, reason, ()
+                continue
+            yield name, node, spec, given
+
+
+def _family(node: fx.Node) -> str:
+    name: str = FAMILIES[node.target]  # type: ignore[index]
+    return name
+
+
 def put_kernels(
     traced: dict[str, Traced], device: torch.device, kernels: str, lowered: Lowered
 ) -> None:
     """Replaces memory operations by generated kernels, all specs of a model built at once."""
     wanted: list[tuple[str, fx.Node, KernelSpec, dict[str, Any]]] = []
-    for name, step in traced.items():
-        for node, spec in specs_of(step.graph):
-            if isinstance(spec, KernelSpec):
-                wanted.append((name, node, spec, bind(FAMILIES[node.target], node.args)))
-                continue
+    for name, node, spec, _ in memory_calls(traced):
+        if isinstance(spec, NotCovered):
             if kernels == "required":
                 raise RuntimeError(f"kernels='required', but {spec}") from spec
             lowered.references.append(str(spec))
+            continue
+        wanted.append((name, node, spec, bind(_family(node), node.args)))
     lowered.references = [*dict.fromkeys(lowered.references)]
     if lowered.references:
         reasons = "; ".join(lowered.references)
@@ -284,20 +306,6 @@ def put_kernels(
         source = str(codegen.path(spec, device.type))
         debug(3, lambda s=spec, at=source: f"{s.name}: {at}")  # type: ignore[misc]
         lowered.kernels.append({"name": spec.name, "source": source, "calls": counted})
-
-
-def specs_of(step: fx.GraphModule) -> Iterator[tuple[fx.Node, KernelSpec | NotCovered]]:
-    """The memory operations of a traced step, each with its kernel or why there is none."""
-    for node in step.graph.nodes:
-        if node.op != "call_function" or node.target not in FAMILIES:
-            continue
-        fakes = fx.node.map_arg(node.args, lambda n: n.meta["val"])
-        try:
-            spec, _ = specialise(FAMILIES[node.target], fakes)
-        except NotCovered as reason:
-            yield node, reason
-        else:
-            yield node, spec
 
 
 def load_kernels(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .memory import contiguous
-from .memory.paged import combine
+from .memory.paged import combine, wide
 
 NAMESPACE = "memcompile_portable"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -71,76 +71,185 @@ def _page_logits(
     return pages, logits
 
 
+# --- shapes: what the operators give, without running their texts, of which some are long ---
+
+
+def _like(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+
+
+def _append_index_shapes(
+    key: Tensor, value: Tensor, position: Tensor, lengths: Tensor, keys: Tensor, values: Tensor,
+    index: list[Tensor], *rest: Any,
+) -> list[Tensor]:  # fmt: skip
+    return _like([keys, values, *index])
+
+
+def _fold_shapes(
+    new: Tensor, children: list[Tensor], position: Tensor, lengths: Tensor, index: list[Tensor],
+    *rest: Any,
+) -> list[Tensor]:  # fmt: skip
+    return _like(index)
+
+
+def _pages(query: Tensor, index: list[Tensor], count: int) -> Tensor:
+    shape = (query.shape[0], index[0].shape[1], query.shape[2], count)
+    return query.new_empty(shape, dtype=torch.int64)
+
+
+def _select_shapes(
+    query: Tensor, index: list[Tensor], fields: list[str], position: Tensor, lengths: Tensor,
+    score: str, size: int, sink_pages: int, window_pages: int, capacity: int, *rest: int,
+) -> Tensor:  # fmt: skip
+    return _pages(query, index, capacity)
+
+
+def _page_logits_shapes(
+    query: Tensor, index: list[Tensor], fields: list[str], position: Tensor, lengths: Tensor,
+    score: str, size: int, sink_pages: int, window_pages: int, capacity: int, *rest: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = (*query.shape[:3], index[0].shape[2])
+    return (
+        _pages(query, index, capacity),
+        query.new_empty(shape, dtype=wide(query.dtype)),
+    )
+
+
+def _among_shapes(
+    query: Tensor, index: list[Tensor], fields: list[str], candidates: Tensor, position: Tensor,
+    lengths: Tensor, score: str, size: int, sink_pages: int, window_pages: int, budget_pages: int,
+    pinned: int,
+) -> Tensor:  # fmt: skip
+    return _pages(query, index, budget_pages)
+
+
+def _attend_shapes(
+    query: Tensor, keys: Tensor, values: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = wide(query.dtype)
+    return (
+        query.new_empty((*query.shape[:3], values.shape[3]), dtype=dtype),
+        query.new_empty(query.shape[:3], dtype=dtype),
+    )
+
+
+def _page_lse_shapes(
+    query: Tensor, keys: Tensor, values: Tensor, account: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*query.shape[:3], account.shape[2])
+    return (
+        *_attend_shapes(query, keys, values),
+        query.new_empty(shape, dtype=wide(query.dtype)),
+    )
+
+
+def _account_shapes(account: Tensor, *rest: Any) -> Tensor:
+    return _like([account])[0]
+
+
+def _entering_shapes(
+    query: Tensor, keys: Tensor, values: Tensor, position: Tensor, lengths: Tensor, *rest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, n = query.shape[0], query.shape[2]
+    key, value = (x.new_empty((batch, x.shape[1], n, x.shape[3])) for x in (keys, values))
+    return key, value, query.new_empty((batch, n), dtype=torch.bool)
+
+
+def _largest_shapes(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    shape = (*scores.shape[:-1], count)
+    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
+
+
+def _put_rows_shapes(cache: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    return _like([cache])[0]
+
+
 _SELECT = (
     "(Tensor query, Tensor[] index, str[] fields, Tensor position, Tensor lengths, str score, "
     "int size, int sink_pages, int window_pages, int capacity, int budget_pages, int dense_below)"
 )
 
-# name, with its overload: (schema, text)
-OPS: dict[str, tuple[str, Callable[..., Any]]] = {
+# name, with its overload: (schema, text, what gives its shapes)
+OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "largest": (
         "(Tensor scores, int count) -> (Tensor values, Tensor order)",
         contiguous.largest,
+        _largest_shapes,
     ),
-    "put_rows": ("(Tensor cache, Tensor at, Tensor new) -> Tensor", contiguous.put_rows),
+    "put_rows": (
+        "(Tensor cache, Tensor at, Tensor new) -> Tensor",
+        contiguous.put_rows,
+        _put_rows_shapes,
+    ),
     "append_index": (
         "(Tensor key, Tensor value, Tensor position, Tensor lengths, Tensor keys, Tensor values, "
         "Tensor[] index, str[] fields, int size, int pinned, int reach, int record_pinned) "
         "-> Tensor[]",
         _append_index,
+        _append_index_shapes,
     ),
     "fold": (
         "(Tensor new, Tensor[] children, Tensor position, Tensor lengths, Tensor[] index, "
         "str[] fields, int child_size, int ratio, int child_pinned, int pinned) -> Tensor[]",
         contiguous.fold,
+        _fold_shapes,
     ),
-    "score_select": (f"{_SELECT} -> Tensor", contiguous.score_select),
+    "score_select": (f"{_SELECT} -> Tensor", contiguous.score_select, _select_shapes),
     "score_select.page_logits": (
         f"{_SELECT} -> (Tensor pages, Tensor page_logits)",
         _page_logits,
+        _page_logits_shapes,
     ),
     "score_select.among": (
         "(Tensor query, Tensor[] index, str[] fields, Tensor candidates, Tensor position, "
         "Tensor lengths, str score, int size, int sink_pages, int window_pages, "
         "int budget_pages, int pinned) -> Tensor",
         contiguous.score_select_among,
+        _among_shapes,
     ),
     "attend": (
         "(Tensor query, Tensor keys, Tensor values, Tensor? bias, Tensor? pages, bool exclude, "
         "Tensor position, Tensor lengths, float scale, float softcap, int window, int size, "
         "int slots, int pinned) -> (Tensor out, Tensor lse)",
         contiguous.attend,
+        _attend_shapes,
     ),
     "attend.summaries": (
         "(Tensor query, Tensor keys, Tensor values, Tensor pages, Tensor page_logits, "
         "Tensor value_mean, Tensor log_count, Tensor position, Tensor lengths, float scale, "
         "float softcap, int size) -> (Tensor out, Tensor lse)",
         contiguous.summaries,
+        _attend_shapes,
     ),
     "attend.page_lse": (
         "(Tensor query, Tensor keys, Tensor values, Tensor account, Tensor position, "
         "Tensor lengths, float scale, float softcap, int window, int size) "
         "-> (Tensor out, Tensor lse, Tensor page_lse)",
         contiguous.attend_page_lse,
+        _page_lse_shapes,
     ),
     "evict": (
         "(Tensor account, Tensor position, Tensor lengths, int size, int sink_pages, "
         "int window_pages, int budget_pages) -> Tensor",
         contiguous.evict,
+        _account_shapes,
     ),
     "account": (
         "(Tensor account, Tensor page_lse, Tensor lse, Tensor lengths, float decay) -> Tensor",
         contiguous.account,
+        _account_shapes,
     ),
-    "combine": ("(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)", combine),
+    "combine": ("(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)", combine, combine),
     "entering": (
         "(Tensor query, Tensor keys, Tensor values, Tensor position, Tensor lengths, int window, "
         "int size, int pinned) -> (Tensor key, Tensor value, Tensor live)",
         contiguous.entering,
+        _entering_shapes,
     ),
     "additive_state": (
         "(Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor lengths, Tensor state, "
         "Tensor? norm) -> Tensor[]",
+        contiguous.additive_state,
         contiguous.additive_state,
     ),
 }
@@ -155,10 +264,10 @@ def operator(name: str) -> torch._ops.OpOverload:
     return found
 
 
-for _name, (_schema, _text) in OPS.items():
+for _name, (_schema, _text, _shapes) in OPS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _text, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _text, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _shapes, lib=_library)
 
 # What each operator decomposes to, for `ExportedProgram.run_decompositions`.
-TEXTS: dict[Any, Callable[..., Any]] = {operator(name): text for name, (_, text) in OPS.items()}
+TEXTS: dict[Any, Callable[..., Any]] = {operator(name): text for name, (_, text, _) in OPS.items()}

@@ -14,7 +14,7 @@ import torch
 from ...models.memory.parts import field_width
 from .. import operators
 from ..render import render
-from ..spec import DTYPES, SCORE_TERMS, KernelSpec
+from ..spec import DTYPES, SCORE_TERMS, KernelSpec, NotCovered
 from . import build
 
 NAMESPACE = "memcompile_cpp"
@@ -24,7 +24,13 @@ _loaded: dict[KernelSpec, torch._ops.OpOverload] = {}
 
 
 def source(spec: KernelSpec) -> str:
-    """The kernel's text."""
+    """The kernel's text.
+
+    Raises:
+        NotCovered: no template covers the spec.
+    """
+    if spec.contiguous:
+        raise NotCovered(f"{spec.name}: on the CPU kernels read page tables")
     terms = SCORE_TERMS.get(spec.score, ())
     template = build.HERE / f"{spec.template}.cpp.jinja"
     return render(template, spec=spec, type=_type(spec), terms=terms)

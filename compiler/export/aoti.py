@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...codegen.cpp import ship
 from ...codegen.spec import KernelSpec
 from ...passes.contiguous_state import make_paged
-from ..lower import SIXTEEN, Traced, load_linear, put_kernels, specs_of, uncovered
+from ..lower import SIXTEEN, Traced, load_linear, memory_calls, put_kernels, uncovered
 from ..report import Lowered
 from . import against_graph, inductor
 from .contract import contract_of, places_of
@@ -62,7 +62,8 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
 
 def _put_kernels(traced: Traced, device: Any) -> set[KernelSpec]:
     """Puts a kernel in place of every memory operation; their specs."""
-    specs = {spec for _, spec in specs_of(traced.graph) if isinstance(spec, KernelSpec)}
+    calls = memory_calls({"step": traced})
+    specs = {spec for _, _, spec, _ in calls if isinstance(spec, KernelSpec)}
     try:
         put_kernels({"step": traced}, device, "required", Lowered())
     except RuntimeError as reason:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .levels import folded
 from .paged import NEGATIVE_INFINITY, combine, wide
@@ -21,6 +22,15 @@ from .parts import SCORE_FIELDS
 from .records import page_records
 
 LOWEST = torch.finfo(torch.float32).min
+
+
+def iota(count: int, like: Tensor) -> Tensor:
+    """0 .. count - 1, int64, where `like` is. A function of a tensor, so that whoever stands in for
+    one (`compiler/export/onnx_symbols.py`) is asked."""
+    if has_torch_function_unary(like):
+        made: Tensor = handle_torch_function(iota, (like,), count, like)
+        return made
+    return torch.arange(count, device=like.device)
 
 
 def columns_of(page: Tensor, columns: int, pinned: int) -> Tensor:
@@ -35,7 +45,7 @@ def pages_in(position: Tensor, lengths: Tensor, columns: int, size: int, pinned:
     """The page in each column once the new tokens are written: int64 [B, columns], -1 = none."""
     end = position.long() + lengths
     newest = (torch.div(end + size - 1, size, rounding_mode="trunc") - 1)[:, None]
-    column = torch.arange(columns, device=position.device)
+    column = iota(columns, position)
     if pinned < 0:
         return torch.where(column <= newest, column, -1)
     late = newest - torch.remainder(newest - column, columns - pinned)
@@ -47,7 +57,7 @@ def pages_in(position: Tensor, lengths: Tensor, columns: int, size: int, pinned:
 def rows_of(tensor: Tensor, at: Tensor) -> Tensor:
     """Rows of [B, Hkv, X, ...] at [B, Hkv, ...] (int64): [B, Hkv, ..., ...]."""
     batch, heads, count = tensor.shape[:3]
-    base = torch.arange(batch * heads, device=at.device).view(batch, heads) * count
+    base = iota(batch * heads, at).view(batch, heads) * count
     flat = (at + base.view(batch, heads, *[1] * (at.dim() - 2))).flatten()
     picked = tensor.flatten(0, 2).flatten(1).index_select(0, flat)
     return picked.view(*at.shape, *tensor.shape[3:])
@@ -60,8 +70,8 @@ def put_rows(tensor: Tensor, at: Tensor, new: Tensor) -> Tensor:
         IndexError: a row beyond the end; so does every runtime.
     """
     batch, heads = tensor.shape[:2]
-    first = torch.arange(batch, device=at.device)[:, None, None]
-    second = torch.arange(heads, device=at.device)[None, :, None]
+    first = iota(batch, at)[:, None, None]
+    second = iota(heads, at)[None, :, None]
     return torch.index_put(tensor, (first, second, at[:, None]), new.to(tensor.dtype))
 
 
@@ -80,7 +90,7 @@ def query_rows(query: Tensor, heads: int) -> Tensor:
 
 def standing(position: Tensor, lengths: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The token [B, n] of each row, int64, and which rows are valid, bool [B, n]."""
-    row = torch.arange(n, device=position.device)
+    row = iota(n, position)
     return position.long()[:, None] + row, row < lengths[:, None]
 
 
@@ -105,7 +115,7 @@ def page_table(
         int32 table [B, Hkv, columns]; int32 position [B], by that numbering.
     """
     batch, heads, columns = held.shape[0], held.shape[1], held.shape[2] // slots
-    page = torch.arange(columns, device=held.device)
+    page = iota(columns, held)
     if pinned < 0:
         return _table(page.expand(batch, -1), batch, heads, columns), position
     end = position.long() + lengths
@@ -137,7 +147,7 @@ def page_table_under(
         int32 table [B, Hkv, columns of `above` * ratio], -1 where a page is gone; the position.
     """
     batch, heads, columns = held.shape[0], held.shape[1], held.shape[2] // slots
-    page = torch.arange(above.shape[2] * ratio, device=held.device)
+    page = iota(above.shape[2] * ratio, held)
     end = position.long() + lengths
     newest = (torch.div(end + size - 1, size, rounding_mode="trunc") - 1)[:, None]
     fits = (lengths <= (columns - pinned - 1) * size - reach)[:, None]
@@ -148,7 +158,7 @@ def page_table_under(
 
 def _table(column: Tensor, batch: int, heads: int, columns: int) -> Tensor:
     """int32 [B, Hkv, pages] of the columns [B, pages] that pages lie in."""
-    base = torch.arange(batch * heads, device=column.device).view(batch, heads, 1) * columns
+    base = iota(batch * heads, column).view(batch, heads, 1) * columns
     there = column[:, None].expand(-1, heads, -1)
     return torch.where(there >= 0, there + base, -1).to(torch.int32)
 
@@ -174,7 +184,7 @@ def append(
     capacity, n = cache.shape[2], new.shape[2]
     count = lengths.long()[:, None]
     # Rows of padding write the last token once more, and a sequence of none its last one.
-    row = torch.minimum(torch.arange(n, device=new.device), (count - 1).clamp_min(0))  # [B, n]
+    row = torch.minimum(iota(n, new), (count - 1).clamp_min(0))  # [B, n]
     token = position.long()[:, None] + row
     token = torch.where(count > 0, token, (token - 1).clamp_min(0))
     slot = token
@@ -187,7 +197,8 @@ def append(
     at = row[:, None, :, None].expand(-1, heads, -1, width)
     old = rows_of(cache, slot.clamp_max(capacity - 1)[:, None].expand(-1, heads, -1))
     written = torch.where((count > 0)[:, None, :, None], new.gather(2, at).to(cache.dtype), old)
-    return put_rows(cache, slot, written)
+    made: Tensor = torch.ops.memcompile_portable.put_rows(cache, slot, written)
+    return made
 
 
 def records(
@@ -234,7 +245,7 @@ def fold(
     """The index with the records of groups whose last child the new tokens filled."""
     size = child_size * ratio
     group, live = _filled(position, lengths, new.shape[2], size)
-    child = group[..., None] * ratio + torch.arange(ratio, device=group.device)  # [B, t, ratio]
+    child = group[..., None] * ratio + iota(ratio, group)  # [B, t, ratio]
     column = columns_of(child, children[0].shape[2], child_pinned)[:, None]
     column = column.expand(-1, new.shape[1], -1, -1)
     read = {
@@ -249,7 +260,7 @@ def _filled(position: Tensor, lengths: Tensor, n: int, size: int) -> tuple[Tenso
     that is full; and for which sequences [B] they filled any."""
     first = torch.div(position.long(), size, rounding_mode="trunc")
     stop = torch.div(position.long() + lengths, size, rounding_mode="trunc")
-    page = first[:, None] + torch.arange(n // size + 1, device=position.device)
+    page = first[:, None] + iota(n // size + 1, position)
     return torch.minimum(page, stop[:, None] - 1).clamp_min(0), stop > first
 
 
@@ -266,7 +277,7 @@ def _written(
         old = rows_of(pool, whole)
         # Nothing filled: what is there is written again, whatever was computed.
         record = torch.where(live[:, None, None, None], record, old)
-        written.append(put_rows(pool, column, record))
+        written.append(torch.ops.memcompile_portable.put_rows(pool, column, record))
     return written
 
 
@@ -294,7 +305,7 @@ def score_select(
     best = _scores(rows, {f: record[f].to(rows.dtype) for f in SCORE_FIELDS[score]}, score)
     token, live = standing(position, lengths, query.shape[2])
     at = torch.div(token, size, rounding_mode="trunc")[:, None, :, None]  # [B, 1, n, 1]
-    page = torch.arange(columns, device=query.device)
+    page = iota(columns, query)
     always = (page < sink_pages) | (page >= at - window_pages)
     everything = (at < budget_pages) | (token < dense_below)[:, None, :, None]
     ranked = torch.where(always | everything, -LOWEST, best.clamp(LOWEST / 2, -LOWEST / 2))
@@ -303,7 +314,7 @@ def score_select(
     ranked = torch.nn.functional.pad(ranked, (0, capacity), value=NEGATIVE_INFINITY)
     value, order = torch.ops.memcompile_portable.largest(ranked, capacity)
     wanted = torch.where(everything, at + 1, budget_pages)
-    place = torch.arange(capacity, device=query.device)
+    place = iota(capacity, query)
     return _ascending(torch.where((place < wanted) & (value > NEGATIVE_INFINITY), order, -1))
 
 
@@ -323,7 +334,7 @@ def page_logits(
     rows = query_rows(query, mean.shape[1])
     token, live = standing(position, lengths, query.shape[2])
     at = torch.div(token, size, rounding_mode="trunc")[:, None, None, :, None]
-    page = torch.arange(mean.shape[2], device=query.device)
+    page = iota(mean.shape[2], query)
     chosen = (page >= sink_pages) & (page < at - window_pages) & (at >= budget_pages)
     chosen = chosen & (live & (token >= dense_below))[:, None, None, :, None]
     product = (rows.flatten(2, 3) @ mean.to(rows.dtype).transpose(-1, -2)).unflatten(
@@ -533,7 +544,7 @@ def _attend_listed(
     if bias is not None:
         added = rows_of(bias.unflatten(2, (-1, slots)), column).flatten(3)
         logits = logits + added[:, :, :, None].to(logits.dtype)
-    slot = torch.arange(slots, device=query.device)
+    slot = iota(slots, query)
     last = (pages[..., None] * slots + slot + 1) * (size // slots) - 1  # [B, Hkv, n, S, slots]
     token, live = standing(position, lengths, query.shape[2])
     distance = token[:, None, :, None, None] - last
@@ -576,7 +587,7 @@ def _visible(
     """Which slots each row sees: bool [B, 1 or Hkv, n, columns * slots]."""
     columns = keys.shape[2] // slots
     page = pages_in(position, lengths, columns, size, pinned)
-    slot = torch.arange(slots, device=page.device)
+    slot = iota(slots, page)
     last = (page[..., None] * slots + slot + 1) * (size // slots) - 1  # [B, columns, slots]
     last = torch.where(page[..., None] >= 0, last, 1 << 40).flatten(1)[:, None]
     token, live = standing(position, lengths, n)
@@ -588,8 +599,8 @@ def _visible(
     if excluded is None:
         return visible
     at = columns_of(excluded.clamp_min(0), columns, pinned)
-    at = torch.where((excluded >= 0) & (at < columns), at, columns)
-    mark = torch.zeros((*excluded.shape[:3], columns + 1), device=page.device)
+    at = at.masked_fill((excluded < 0) | (at >= columns), columns)
+    mark = page.new_zeros((*excluded.shape[:3], columns + 1), dtype=torch.float32)
     mark = mark.scatter(3, at, torch.ones_like(at, dtype=mark.dtype))[..., :columns]
     return visible & (mark == 0).repeat_interleave(slots, 3)
 
@@ -626,7 +637,7 @@ def evict(
     before, after = (
         torch.div(x + size - 1, size, rounding_mode="trunc")[:, None, None] for x in (held, end)
     )
-    column = torch.arange(account.shape[2], device=account.device)
+    column = iota(account.shape[2], account)
     resident = (account >= 0) & (column < before)
     excess = resident.long().sum(-1, keepdim=True) + (after - before) - budget_pages
     free = resident & (column >= sink_pages) & (column < after - 1 - window_pages)
@@ -650,7 +661,7 @@ def account(
     heads, rows = account.shape[1], lse.shape[2]
     mass = torch.where(page_lse > NEGATIVE_INFINITY, (page_lse - lse[..., None]).exp(), 0)
     mass = mass.unflatten(1, (heads, -1)).sum(2)  # [B, Hkv, n, columns]
-    left = lengths[:, None] - 1 - torch.arange(rows, dtype=torch.int32, device=lse.device)
+    left = lengths[:, None] - 1 - iota(rows, lse)
     kept = torch.where(left >= 0, torch.pow(decay, left.clamp_min(0).to(mass.dtype)), 0)
     before = torch.pow(decay, lengths.to(mass.dtype))
     total = account * before[:, None, None] + (mass * kept[:, None, :, None]).sum(2)
@@ -660,9 +671,9 @@ def account(
 def table_of_resident(account: Tensor, position: Tensor, lengths: Tensor, size: int) -> Tensor:
     """int32 page table [B, Hkv, columns] of the pages that an account has not let go."""
     batch, heads, columns = account.shape
-    base = torch.arange(batch * heads, device=account.device).view(batch, heads, 1) * columns
+    base = iota(batch * heads, account).view(batch, heads, 1) * columns
     inside = (within_page(position, lengths, size) == position)[:, None, None]
-    table = base + torch.arange(columns, device=account.device)
+    table = base + iota(columns, account)
     return torch.where((account >= 0) & inside, table, -1).to(torch.int32)
 
 
@@ -707,12 +718,12 @@ def additive_state(
     """
     dtype = wide(query.dtype)
     heads, n = key.shape[1:3]
-    live = torch.arange(n, device=query.device) < lengths[:, None]
+    row = iota(n, query)
+    live = row < lengths[:, None]
     here = live[:, None, :, None]
     q = torch.where(here[:, :, None], query_rows(query, heads), 0)  # [B, Hkv, G, n, m]
     k, v = (torch.where(here, x.to(dtype), 0) for x in (key, value))
-    below = torch.ones(n, n, device=query.device).tril(-1).to(torch.bool)
-    own = torch.ones(n, n, device=query.device).tril(0).to(torch.bool)
+    below, own = row < row[:, None], row <= row[:, None]
     if decay is None:
         reach = own.to(dtype)
         since = until = whole = None

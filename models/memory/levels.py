@@ -61,7 +61,7 @@ def folded(field: str, records: dict[str, Tensor], size: int) -> Tensor:
     """
     of = records[field]
     if field == "log_count":
-        return of.new_full((of.shape[0], 1), math.log(size))
+        return torch.full_like(of[:, 0], math.log(size))
     if field == "min":
         return of.amin(1)
     if field == "max":

@@ -107,7 +107,7 @@ def page_records(keys: Tensor, values: Tensor, fields: list[str]) -> list[Tensor
     if "value_mean" in fields:
         records["value_mean"] = values.mean(1)
     if "log_count" in fields:
-        records["log_count"] = mean.new_full((mean.shape[0], 1), math.log(keys.shape[1]))
+        records["log_count"] = torch.full_like(mean[:, :1], math.log(keys.shape[1]))
     return [records[field] for field in fields]
 
 
