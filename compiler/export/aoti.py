@@ -44,7 +44,7 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     except RuntimeError as reason:
         raise _refused(reason) from reason
     specs: set[KernelSpec] = set()
-    for name, graph in inductor.graphs(step).items():
+    for name, graph in inductor.graphs(step, program).items():
         paged = make_paged(graph, sites, program.ragged)
         traced = inductor.trace_flat(paged, contract, program.device, linear)
         specs |= _put_kernels(traced, program.device)
