@@ -151,7 +151,7 @@ def test_without_a_compiler_the_portable_format_is_named(
         raise NoCompiler("no C++ compiler: install one")
 
     monkeypatch.setattr(codegen, "load", none)
-    with pytest.raises(RuntimeError, match="aoti: no C.. compiler(.|\n)*export 'aoti-portable'"):
+    with pytest.raises(RuntimeError, match=r"aoti: no C.. compiler(.|\n)*export 'aoti-portable'"):
         aoti.emit(tmp_path, compiled, None)
     assert not list(tmp_path.iterdir())
 
@@ -164,16 +164,16 @@ def test_linear_layers_in_16_bit_need_the_compiler_too(
 
     half = build(llama().bfloat16(), "dense", kernels="off", check=False)
     monkeypatch.setattr(codegen, "load_linear", none)
-    with pytest.raises(RuntimeError, match="aoti: no C.. compiler(.|\n)*export 'aoti-portable'"):
+    with pytest.raises(RuntimeError, match=r"aoti: no C.. compiler(.|\n)*export 'aoti-portable'"):
         aoti.emit(tmp_path, half, None)
 
 
 def test_what_no_kernel_covers_is_refused(tmp_path: Path) -> None:
     odd = build(llama(hidden_size=48), "dense", kernels="off", check=False)
-    with pytest.raises(RuntimeError, match="aoti: append_index: key_dim 12(.|\n)*'aoti-portable'"):
+    with pytest.raises(RuntimeError, match=r"aoti: append_index: key_dim 12(.|\n)*'aoti-portable'"):
         aoti.emit(tmp_path, odd, None)
     double = build(llama().double(), "dense", kernels="off", check=False)
-    with pytest.raises(RuntimeError, match="aoti: the model is float64(.|\n)*'aoti-portable'"):
+    with pytest.raises(RuntimeError, match=r"aoti: the model is float64(.|\n)*'aoti-portable'"):
         aoti.emit(tmp_path, double, None)
 
 
