@@ -50,8 +50,6 @@ def test_no_cache_is_copied(shipped: Path) -> None:
 
 
 def test_a_delta_rule_is_refused(tmp_path: Path) -> None:
-    ruled = build(
-        llama(), "hybrid", kernels="off", check=False, window=16, page_size=8, write="delta"
-    )
+    ruled = build(llama(num_hidden_layers=4), "hybrid", kernels="off", check=False, write="delta")
     with pytest.raises(NotRewritten, match="a delta rule needs its rows one after the other"):
         aoti_portable.emit(tmp_path, ruled, None)
