@@ -20,9 +20,10 @@ from torch import Tensor, fx
 
 from ...models.portable import TEXTS
 from ...passes.remember import StepGraph
+from ...runtime.engine import Program
 from ..lower import Traced, size, trace
 from .against_graph import Run
-from .contract import Contract
+from .contract import Contract, prefill_of
 
 PACKAGE = "engine.pt2"
 PREFILL = "prefill.pt2"
@@ -128,11 +129,11 @@ def with_weights(traced: Traced) -> fx.GraphModule:
     return fx.GraphModule(root, graph)
 
 
-def graphs(step: StepGraph) -> dict[str, fx.GraphModule]:
+def graphs(step: StepGraph, program: Program) -> dict[str, fx.GraphModule]:
     """The packages of an engine, and the graph of each."""
-    if step.dense is step.policy:
-        return {PACKAGE: step.policy}
-    return {PACKAGE: step.policy, PREFILL: step.dense}
+    made = {PACKAGE: step.policy}
+    prompt = prefill_of(step, program)
+    return made if prompt is None else {**made, PREFILL: prompt}
 
 
 def eager(graph: fx.GraphModule) -> Run:
