@@ -37,7 +37,7 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     """Writes the format `onnx-ort`; see `formats.emit_all`."""
     assert compiled.program is not None
     contract, graphs = functional_graphs(compiled, delta=True)
-    refuse_bfloat16(contract, graphs[MAIN])
+    refuse_bfloat16(contract.state, graphs[MAIN])
     notes, opaque = fuse(graphs, compiled.program.layouts)
     error = write_checked(folder, contract, graphs, translations=TRANSLATIONS, opaque=opaque)
     notes.insert(
