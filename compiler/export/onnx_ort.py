@@ -80,6 +80,8 @@ def _why_not(layout: SiteLayout) -> str:
     """Why the operator cannot take a site; empty where it can."""
     if layout.key_dim != layout.value_dim:
         return f"keys of {layout.key_dim} and values of {layout.value_dim} numbers"
+    if layout.key_dim % 8:
+        return f"{GROUPED} takes widths that are multiples of 8, not {layout.key_dim}"
     if layout.dtype not in (torch.float32, torch.float16):
         return f"{GROUPED} has no kernel for {layout.dtype}"
     return ""

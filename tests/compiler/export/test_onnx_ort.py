@@ -163,4 +163,6 @@ def test_what_the_operator_cannot_take_is_said() -> None:
     assert "no kernel for torch.bfloat16" in onnx_ort._why_not(
         replace(layout, value_dim=8, dtype=torch.bfloat16)
     )
+    narrow = replace(layout, key_dim=6, value_dim=6)
+    assert "multiples of 8, not 6" in onnx_ort._why_not(narrow)
     assert onnx_ort._why_not(replace(layout, value_dim=8)) == ""
