@@ -167,21 +167,34 @@ def onnx_model(
     """
     require_onnx()
     check_opset(opset)
-    table = {portable.operator(name): _as_node(name) for name in NODES}
-    # Reads of several kinds of pages are merged by an operator that has no state to be rewritten.
-    table[torch.ops.memcompile.combine.default] = _as_node("combine")
-    for name, translation in (translations or {}).items():
-        table[portable.operator(name)] = _checked(name, translation)
     given, axes = example(contract, device_of(graph))
     model = exported(
         graph,
         given,
         axes,
-        table,
+        translation_table(translations),
         opset,
         input_names=contract.inputs,
         output_names=contract.outputs,
     )
+    clean(model)
+    return model
+
+
+def translation_table(
+    translations: Mapping[str, Translation] | None = None,
+) -> dict[Any, Translation]:
+    """What stands in the place of each operator of `models.portable`; see `onnx_model`."""
+    table = {portable.operator(name): _as_node(name) for name in NODES}
+    # Reads of several kinds of pages are merged by an operator that has no state to be rewritten.
+    table[torch.ops.memcompile.combine.default] = _as_node("combine")
+    for name, translation in (translations or {}).items():
+        table[portable.operator(name)] = _checked(name, translation)
+    return table
+
+
+def clean(model: ir.Model) -> None:
+    """Makes an exported model one that is handed on: folded, named, nothing of this machine."""
     transpose_weights(model)
     optimise(model)
     strip(model)
@@ -189,7 +202,6 @@ def onnx_model(
         model.opset_imports.setdefault(node.domain, 1)
     model.producer_name, model.producer_version = "memcompile", None
     model.graph.name = "step"
-    return model
 
 
 def exported(

@@ -37,7 +37,7 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     """Writes the format `onnx-ort`; see `formats.emit_all`."""
     assert compiled.program is not None
     contract, graphs = functional_graphs(compiled, delta=True)
-    refuse_bfloat16(contract, graphs[MAIN])
+    refuse_bfloat16(contract.state, graphs[MAIN])
     notes, opaque = fuse(graphs, compiled.program.layouts)
     error = write_checked(folder, contract, graphs, translations=TRANSLATIONS, opaque=opaque)
     notes.insert(
@@ -80,6 +80,8 @@ def _why_not(layout: SiteLayout) -> str:
     """Why the operator cannot take a site; empty where it can."""
     if layout.key_dim != layout.value_dim:
         return f"keys of {layout.key_dim} and values of {layout.value_dim} numbers"
+    if layout.key_dim % 8:
+        return f"{GROUPED} takes widths that are multiples of 8, not {layout.key_dim}"
     if layout.dtype not in (torch.float32, torch.float16):
         return f"{GROUPED} has no kernel for {layout.dtype}"
     return ""

@@ -57,7 +57,15 @@ def open_session(folder: Path) -> OnnxSession:
             f"--emit {FORMATS[0]} or --emit {FORMATS[1]}"
         )
     check_artefact(folder, manifest, found)
-    place = folder / found.folder
+    return session_of(folder / found.folder)
+
+
+def session_of(place: Path) -> OnnxSession:
+    """The ONNX engine in its own folder, empty; its files are taken as they are.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as `open_session`.
+    """
     contract = read_contract(place)
     model = _Bound(place / MODEL, contract)
     prefill = _Bound(place / PREFILL, contract) if (place / PREFILL).is_file() else None
