@@ -59,7 +59,10 @@ def check_interface(model: ir.Model, contract: Contract, name: str = "model.onnx
             if not lost and not added:
                 what = "has them in another order"
             raise RuntimeError(f"{name}: its {kind} are not the contract's: it {what}")
-    expected = {contract.tokens: ("INT64", (None, None)), contract.position: ("INT32", (None,))}
+    expected: dict[str, tuple[str, tuple[int | None, ...]]] = {
+        contract.tokens: ("INT64", (None, None)),
+        contract.position: ("INT32", (None,)),
+    }
     if contract.lengths is not None:
         expected[contract.lengths] = ("INT32", (None,))
     for tensor in contract.state:

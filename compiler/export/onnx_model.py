@@ -293,7 +293,7 @@ def _as_node(name: str) -> Translation:
             num_outputs=output_count(operator, given),
             version=1,
         )
-        evaluator.default().nodes.append(node)  # type: ignore[attr-defined]
+        evaluator.default().nodes.append(node)
         outputs = node.outputs
         single = str(operator._schema.returns[0].type) == "Tensor" and len(outputs) == 1
         return outputs[0] if single else list(outputs)
@@ -369,14 +369,23 @@ def transpose_weights(model: ir.Model) -> None:
 
         name = f"{weight.name}.transposed"
         tensor = ir.LazyTensor(turned, dtype=old.dtype, shape=shape, name=name)
-        raw = getattr(old, "raw", None)
-        if hasattr(raw, "data_ptr"):  # alike in another model of the same weights
-            tensor.meta["source"] = (raw.data_ptr(), raw.dtype, raw.stride(), tuple(order))
+        source = origin(old)
+        if source is not None:
+            tensor.meta["source"] = (*source, tuple(order))
         value = ir.Value(name=name, shape=shape, type=ir.TensorType(old.dtype), const_value=tensor)
         model.graph.initializers.add(value)
         node.outputs[0].replace_all_uses_with(value)
         model.graph.remove(node, safe=True)
         del model.graph.initializers[weight.name]
+
+
+def origin(tensor: Any) -> tuple[Any, ...] | None:
+    """Where a weight lies in torch's memory, the same for every model that it is in; None where it
+    was made on the way."""
+    raw: Any = getattr(tensor, "raw", None)
+    if not isinstance(raw, Tensor):
+        return None
+    return raw.data_ptr(), raw.dtype, tuple(raw.shape), raw.stride()
 
 
 def optimise(model: ir.Model) -> None:

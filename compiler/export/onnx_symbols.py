@@ -53,7 +53,7 @@ class Recorder:
     def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> ir.Value:
         import onnx_ir as ir
 
-        array = np.asarray(value, NUMPY[dtype])
+        array: Any = np.asarray(value, NUMPY[dtype])
         key = ("Constant", array.dtype.str, array.shape, array.tobytes())
         if key not in self.made:
             made = ir.node("Constant", [], {"value": ir.tensor(array)})
@@ -417,7 +417,9 @@ class Symbol:
             at = next(i for i, k in enumerate(keys) if k is ...)
             used = sum(k is not None and k is not ... for k in keys)
             keys[at : at + 1] = [slice(None)] * (self.dim() - used)
-        made, axis, added, dropped = self, 0, [], []
+        made, axis = self, 0
+        added: list[int] = []
+        dropped: list[int] = []
         for k in keys:
             if k is None:
                 added.append(axis + len(added))
@@ -542,7 +544,8 @@ def _pair(kind: str, first: Any, second: Any, result: torch.dtype | None = None)
 def _where(condition: Symbol, first: Any, second: Any) -> Symbol:
     if all(isinstance(x, Symbol) and x.dtype == torch.bool for x in (first, second)):
         # onnxruntime's Where has no kernel for these.
-        return (condition & first) | (~condition & second)
+        chosen: Symbol = (condition & first) | (~condition & second)
+        return chosen
     dtype = _common([first, second])
     a, b = (_operand(x, condition, dtype) for x in (first, second))
     made = condition._op("Where", a.value, b.value)

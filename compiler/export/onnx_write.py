@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .onnx_model import origin
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -46,11 +48,8 @@ def write_models(folder: Path, models: Mapping[str, ir.Model], data: str = DATA)
 
 def _identity(tensor: Any) -> Any:
     """What two tensors alike have in common: where they come from, or else their bytes."""
-    source = tensor.meta.get("source")
+    source = tensor.meta.get("source") or origin(tensor)
     if source is not None:
         return source
-    raw = getattr(tensor, "raw", None)
-    if hasattr(raw, "data_ptr"):
-        return (raw.data_ptr(), raw.dtype, tuple(raw.shape), raw.stride())
     digest = hashlib.sha256(tensor.tobytes()).hexdigest()
-    return (digest, tensor.dtype, tuple(tensor.shape))
+    return digest, tensor.dtype, tuple(tensor.shape)
