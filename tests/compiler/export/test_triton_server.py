@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -165,6 +166,20 @@ def test_sequences_take_turns_and_are_read_together(served: tuple[str, Any]) -> 
     assert [int(model.held[s]["position"][0, 0]) for s in parts] == [21, 32]
 
 
+def test_more_than_there_is_room_for_is_an_error_and_changes_nothing(
+    served: tuple[str, Any],
+) -> None:
+    model: Model = served[1]["model"]
+    model.start(1)
+    model.run([(1, np.ones((1, CONTEXT - 1), np.int64))])
+    before = {name: value.copy() for name, value in model.held[1].items()}
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument):
+        model.run([(1, np.ones((1, 2), np.int64))])
+    assert all(np.array_equal(model.held[1][name], value) for name, value in before.items())
+    model.run([(1, np.ones((1, 1), np.int64))])
+    assert int(model.held[1]["position"][0, 0]) == CONTEXT
+
+
 def test_what_the_server_says_reaches_the_reader(served: tuple[str, Any]) -> None:
     made = client()
     with pytest.raises(RuntimeError, match=r"404.*unknown model"):
@@ -219,7 +234,7 @@ def test_the_repository_is_what_the_server_looks_for(scout: tuple[Path, Any]) ->
 
 
 def test_verify_runs_the_served_model(scout: tuple[Path, Any]) -> None:
-    (verdict,) = verify(scout[0], prompt=60, steps=6)
+    (verdict,) = verify(scout[0], prompt=50, steps=4)
     assert (verdict.format, verdict.outcome) == ("triton-server", "equal"), verdict.reason
 
 
@@ -298,6 +313,7 @@ def test_a_lost_state_fails_the_export(
         ("llama", "hierarchical", {"levels": (8, 16), "refine": 16, "sinks": 8, "window": 8}),
         ("llama", "hybrid", {"window": 16, "page_size": 8}),
         ("llama", "quest", {"budget": 32, "page_size": 8}),
+        ("llama", "heavy-hitter", {"page_size": 8}),
     ],
 )
 def test_every_memory_is_served(
