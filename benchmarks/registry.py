@@ -124,6 +124,12 @@ def _compile_time(settings: Settings) -> Outcome:
     return run(settings)
 
 
+def _onnx(settings: Settings) -> Outcome:
+    from .onnx import run
+
+    return run(settings)
+
+
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
@@ -133,6 +139,7 @@ BENCHMARKS = {
         Benchmark("linear", "one token through 16-bit linear layers", _linear),
         Benchmark("decode", "one token through a 32-layer Llama, by context", _decode),
         Benchmark("backend", "the same through torch.compile over a StaticCache", _backend),
+        Benchmark("onnx", "one decode step of attention under onnxruntime", _onnx),
         Benchmark("compile-time", "module to running engine, 32 layers", _compile_time),
     )
 }

@@ -40,6 +40,7 @@ NODES: dict[str, str] = {
     "combine": "MemcCombine",
     "entering": "MemcEntering",
     "additive_state": "MemcState",
+    "page_records": "MemcPageRecords",
 }
 BATCH, COUNT, UNITS = "batch", "n", "units"
 # Sizes that the graph is traced with; they are symbols, so any would do.
@@ -178,6 +179,8 @@ def onnx_model(
     transpose_weights(model)
     optimise(model)
     strip(model)
+    for node in model.graph:
+        model.opset_imports.setdefault(node.domain, 1)
     model.producer_name, model.producer_version = "memcompile", None
     model.graph.name = "step"
     return model
@@ -268,7 +271,7 @@ def output_count(operator: torch._ops.OpOverload, given: Operands) -> int:
     if str(returns[0].type) != "List[Tensor]":
         return len(returns)
     renewed = sum(name.startswith("index_") for name in given.names)
-    if "keys" in given.names:
+    if "key" in given.names and "keys" in given.names:
         return 2 + renewed
     return renewed or 3 + ("norm" in given.names)  # fold; else out, lse, state and perhaps norm
 

@@ -7,7 +7,7 @@ the same step reading everything, on the same weights. Both have the contract of
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +46,13 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     return Artefact("onnx", "onnx", MAIN, built(), tuple(notes))
 
 
-def functional_graphs(compiled: Compiled) -> tuple[Contract, dict[str, fx.GraphModule]]:
+def functional_graphs(
+    compiled: Compiled, delta: bool = False
+) -> tuple[Contract, dict[str, fx.GraphModule]]:
     """The contract of a compiled model, and the graphs to be exported by their files' names.
+
+    Args:
+        delta: as for `make_functional`.
 
     Raises:
         NotRewritten: a memory that needs a host, or has no portable form.
@@ -55,10 +60,10 @@ def functional_graphs(compiled: Compiled) -> tuple[Contract, dict[str, fx.GraphM
     program, step = compiled.program, compiled.step
     assert program is not None and step is not None
     sites = places_of(program)
-    graphs = {MAIN: make_functional(step.policy, sites, program.ragged)}
+    graphs = {MAIN: make_functional(step.policy, sites, program.ragged, delta)}
     dense = prefill_of(step, program)
     if dense is not None:
-        graphs[PREFILL] = make_functional(dense, sites, program.ragged)
+        graphs[PREFILL] = make_functional(dense, sites, program.ragged, delta)
     return contract_of(program, sites), graphs
 
 
@@ -85,12 +90,14 @@ def write_checked(
     *,
     opset: int = OPSET,
     translations: Mapping[str, Translation] | None = None,
+    opaque: Collection[str] = (),
 ) -> float | None:
     """Writes models and contract, and holds each to what it was made from.
 
     Args:
         graphs: by file name; they share their weights.
         opset, translations: as for `onnx_model`.
+        opaque: as for `check_answers`.
 
     Returns:
         The largest difference from eager as a part of the largest value; None where onnxruntime is
@@ -112,7 +119,7 @@ def write_checked(
     for name, graph in graphs.items():
         check_model(folder / name)
         if can_run():
-            worst = max(worst or 0.0, check_answers(folder / name, graph, contract))
+            worst = max(worst or 0.0, check_answers(folder / name, graph, contract, opaque))
     return worst
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .driver import Call
 
 
+LIBRARY = "libmemcompile_engine.so"  # of an engine with kernels: the one to load
+
+
 class CannotRun(Exception):
     """Why an engine does not run on this machine; no fault of the engine."""
 
@@ -54,7 +57,8 @@ def _onnx(path: Path, contract: Contract) -> Call:
 
 
 def _aoti(path: Path, contract: Contract) -> Call:
-    for library in sorted(path.parent.glob("*.so")):
+    library = path.parent / LIBRARY
+    if library.exists():
         torch.ops.load_library(library)
     model: Any = torch._inductor.aoti_load_package(str(path))
 

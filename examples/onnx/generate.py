@@ -42,16 +42,27 @@ class Engine:
             self.state[name] = ort.OrtValue.ortvalue_from_numpy(new)
 
     def __call__(self, tokens, session=None):
-        """Feeds tokens [batch, n], int64; logits [batch, n, vocabulary]."""
-        contract, session = self.contract, session or self.step
-        if self.position.max() + tokens.shape[1] > self.capacity and contract["capacity"]:
-            self.grow(int(self.position.max()) + tokens.shape[1])
-        binding = session.io_binding()
-        binding.bind_cpu_input(contract["tokens"], tokens)
-        binding.bind_cpu_input(contract["position"], self.position)
+        """Feeds tokens [batch, n], int64, in as many calls as it takes; logits [batch, n, V]."""
+        made, start, whole = [], 0, tokens.shape[1]
+        while start < whole:
+            size = min(self.contract["longest_call"] or whole, whole - start)
+            if self.contract["splits_at"]:
+                size = min(size, -self.position[0] % self.contract["splits_at"] or size)
+            piece = np.ascontiguousarray(tokens[:, start : start + size])
+            made.append(self.call(piece, session or self.step))
+            start += size
+        return np.concatenate(made, 1)
+
+    def call(self, tokens, session):
+        contract, n = self.contract, tokens.shape[1]
+        if contract["capacity"] and self.position[0] + n > self.capacity:
+            self.grow(int(self.position[0]) + n)
+        given = {contract["tokens"]: tokens, contract["position"]: self.position}
         if contract["lengths"]:
-            lengths = np.full(len(tokens), tokens.shape[1], np.int32)
-            binding.bind_cpu_input(contract["lengths"], lengths)
+            given[contract["lengths"]] = np.full(len(tokens), n, np.int32)
+        binding = session.io_binding()
+        for name, value in given.items():
+            binding.bind_cpu_input(name, value)
         binding.bind_output(contract["logits"])
         for tensor in contract["state"]:
             state = self.state[tensor["input"]]
@@ -61,13 +72,12 @@ class Engine:
             else:
                 binding.bind_output(tensor["output"])
         session.run_with_iobinding(binding)
-        made = dict(
-            zip([o.name for o in session.get_outputs()], binding.get_outputs(), strict=True)
-        )
-        for tensor in contract["state"]:
-            self.state[tensor["input"]] = made[tensor["output"]]
-        self.position = self.position + np.int32(tokens.shape[1])
-        return made[contract["logits"]].numpy()
+        logits, *states = binding.get_outputs()  # in the order of binding
+        for tensor, state in zip(contract["state"], states, strict=True):
+            if not tensor["grows"]:
+                self.state[tensor["input"]] = state
+        self.position = self.position + np.int32(n)
+        return logits.numpy()
 
 
 def main():
@@ -78,9 +88,7 @@ def main():
     given = parser.parse_args()
     engine = Engine(given.folder)
     prompt = np.array([[int(token) for token in given.tokens.split(",")]])
-    most = engine.contract["longest_call"] or prompt.shape[1]
-    for start in range(0, prompt.shape[1], most):
-        logits = engine(prompt[:, start : start + most], engine.prefill)
+    logits = engine(prompt, engine.prefill)
     for _ in range(given.count):
         token = logits[:, -1:].argmax(-1)
         print(token[0, 0], end=" ", flush=True)
