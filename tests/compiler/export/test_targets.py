@@ -228,6 +228,17 @@ def test_what_a_process_cannot_compile_is_an_error(
         compile_needed([Needed(COMBINE, {None})], ["hip:gfx942"])
 
 
+def test_a_process_that_cannot_be_started_is_an_error(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any, **options: Any) -> Any:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", none)
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        compile_needed([Needed(COMBINE, {None})], ["hip:gfx942"])
+
+
 def test_what_a_process_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from memcompile.codegen.triton import worker
 
