@@ -39,9 +39,13 @@ lint: $(INSTALLED)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-# What the gate leaves out: hundreds of specs compiled for a GPU, and every tested network on
-# generated kernels.
+# What the gate leaves out: hundreds of specs compiled for a GPU, TensorRT-RTX engines of every
+# preset, and every tested network on generated kernels. NVIDIA's wheels come from PyPI, under
+# NVIDIA's licence; torch-tensorrt stays out of .venv, where torch.compile would find its backend.
+TENSORRT := .venv-tensorrt
 test-long: lint
+	@$(PIP) --no-deps tensorrt_rtx_cu13_libs==1.7.1.116 tensorrt_rtx_cu13_bindings==1.7.1.116
+	@test -d $(TENSORRT) || $(PIP) --no-deps --target $(TENSORRT) torch-tensorrt-rtx==2.13.0
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --timeout 3600 \
 		--long -m long --ignore tests/fuzz
 	OMP_NUM_THREADS=1 MEMCOMPILE_KERNELS=required $(BIN)/python -m pytest -q -n $(WORKERS) \
@@ -79,4 +83,4 @@ bench: $(INSTALLED)
 	@$(BIN)/python -m memcompile.benchmarks
 
 clean:
-	rm -rf .venv .venv-triton36 build dist out memcompile.egg-info
+	rm -rf .venv .venv-triton36 .venv-tensorrt build dist out memcompile.egg-info

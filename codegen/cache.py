@@ -87,8 +87,8 @@ class Entry:
     """Something that was put into the cache.
 
     Attributes:
-        kind: "cpp", "triton", "tuned" (choices for a GPU), or "unfinished" (left by a process that
-            was killed).
+        kind: "cpp", "triton", "binaries" (compiled for a GPU), "tuned" (choices for one), or
+            "unfinished" (left by a process that was killed).
         path: its folder, or the file of a tuned choice.
         files: what was put there, and nothing else.
         used: when the newest of them was written, in seconds since the epoch.
@@ -109,7 +109,11 @@ class Entry:
 
 
 _HASH = re.compile(r"(?<=.)-?[0-9a-f]{24}$")
-_PUBLISHED = {"cpp": re.compile(r"[^.].*-[0-9a-f]{24}"), "triton": re.compile(r"[0-9a-f]{24}")}
+_PUBLISHED = {
+    "binaries": re.compile(r"[^.].*-[0-9a-f]{24}"),
+    "cpp": re.compile(r"[^.].*-[0-9a-f]{24}"),
+    "triton": re.compile(r"[0-9a-f]{24}"),
+}
 # What `publish` writes into, before it is renamed.
 _BESIDE = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}(\.damaged)?")
 

@@ -73,6 +73,8 @@ class KernelSpec:
         delta: a state is written by the delta rule.
         normalised: a state has a normaliser, and reads are divided by it.
         backward: state_chunk returns gradients.
+        contiguous: there is no page table: page p of a KV head is the p-th of that head's own
+            pages. attend and score_select, as plug-ins of other runtimes.
     """
 
     op: str
@@ -101,6 +103,7 @@ class KernelSpec:
     normalised: bool = False
     backward: bool = False
     by_slot: bool = False
+    contiguous: bool = False
 
     def __post_init__(self) -> None:
         known("operation", self.op, OPS)
@@ -137,6 +140,8 @@ class KernelSpec:
                 f"{self.op}: pages that begin at every slot are read by attend alone, and have "
                 "neither a bias nor records of the same number"
             )
+        if self.contiguous and (self.op not in ("attend", "score_select") or self.by_slot):
+            raise NotCovered(f"{self.op}: this operation reads a page table")
         if self.delta and self.normalised:
             raise NotCovered(f"{self.op}: a delta-rule state has no normaliser; give norm None")
         if self.delta and self.backward:
@@ -167,7 +172,8 @@ class KernelSpec:
             parts += [self.pages] if self.pages != "all" else []
             flags = ("bias", "softcap", "window", "page_lse", "summaries")
             parts += [flag for flag in flags if getattr(self, flag)]
-        parts += [flag for flag in ("record_table", "fold", "among") if getattr(self, flag)]
+        flags = ("record_table", "fold", "among", "contiguous")
+        parts += [flag for flag in flags if getattr(self, flag)]
         if self.op in STATE_OPS:
             parts += [self.decay] if self.decay else []
             parts += [flag for flag in ("delta", "normalised", "backward") if getattr(self, flag)]
@@ -211,7 +217,8 @@ class KernelSpec:
             return (*_tensors(read), *_written(written))
         if self.op == "score_select":
             records = (f"index_{field}" for field in self.score_fields)
-            table = ("page_table", "candidates") if self.among else ("page_table",)
+            table = () if self.contiguous else ("page_table",)
+            table = (*table, "candidates") if self.among else table
             whole = ["sink_pages", "window_pages", "budget_pages"]
             if not self.among:
                 whole[2:] = ["capacity", "budget_pages", "dense_below"]
@@ -222,7 +229,7 @@ class KernelSpec:
                 *("query", "key_pages"),
                 *(() if self.shared_kv else ("value_pages",)),
                 *(("bias",) if self.bias else ()),
-                "page_table",
+                *(() if self.contiguous else ("page_table",)),
                 *(("pages",) if self.pages != "all" else ()),
                 *(("page_logits", "page_values", "page_bias") if self.summaries else ()),
                 *("position", "lengths"),

@@ -107,8 +107,9 @@ def check_artefact(folder: Path, manifest: dict[str, Any], artefact: Artefact) -
 
 def _check_file(folder: Path, name: str, told: Any) -> None:
     file = folder / name
-    parts = PurePosixPath(name).parts
-    inside = parts and not name.startswith("/") and ".." not in parts and "\\" not in name
+    # Names are relative and lead nowhere else, whatever the system makes of a backslash or a link.
+    plain = name == PurePosixPath(name).as_posix() and not {*"\\:\0"} & {*name}
+    inside = plain and name[0] not in "/." and ".." not in PurePosixPath(name).parts
     if not inside or not isinstance(told, dict):
         raise ValueError(f"{folder / MANIFEST}: damaged: it lists the file {name!r}")
     if not file.is_file():

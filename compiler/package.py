@@ -41,10 +41,12 @@ if TYPE_CHECKING:
     from ..models.memory import Preset
     from ..runtime.engine import Engine
     from .capture import Captured
+    from .export.targets import Binaries
     from .pipeline import Compiled
     from .report import Report
 
 _POLICY = "policy.safetensors"
+KERNELS = "kernels"  # folder of binaries for other machines
 
 
 def write(
@@ -54,6 +56,7 @@ def write(
     source: Path | None = None,
     force: bool = False,
     emit: Sequence[str] = (),
+    binaries: Sequence[Binaries] = (),
 ) -> Path:
     """Writes a compiled model to the folder `out`, which appears complete or not at all.
 
@@ -64,6 +67,7 @@ def write(
         force: replace `out` if it is a folder that memcompile wrote. The old one stays until the
             new one is complete.
         emit: formats to export it in as well, keys of `export.formats.FORMATS`.
+        binaries: kernels for other machines (see `export.targets`), which go to `kernels/`.
 
     Raises:
         FileExistsError: `out` exists, and `force` is not given or it holds something else.
@@ -75,7 +79,7 @@ def write(
     if compiled.program is None or compiled.captured is None:
         raise ValueError("nothing was rewritten, so there is no engine to write; see its declines")
     check_named(compiled.preset, "a folder", "compile the model where it is used")
-    _place(out, force, lambda folder: _fill(folder, compiled, source, emit))
+    _place(out, force, lambda folder: _fill(folder, compiled, source, emit, binaries))
     return out
 
 
@@ -237,7 +241,13 @@ def open_compiled(path: str | Path, kernels: str | None = None) -> Compiled:
     return compiled
 
 
-def _fill(folder: Path, compiled: Compiled, source: Path | None, emit: Sequence[str]) -> None:
+def _fill(
+    folder: Path,
+    compiled: Compiled,
+    source: Path | None,
+    emit: Sequence[str],
+    binaries: Sequence[Binaries],
+) -> None:
     captured = compiled.captured
     assert compiled.program is not None and captured is not None
     weights = {**captured.program.state_dict, **captured.program.constants}
@@ -249,6 +259,10 @@ def _fill(folder: Path, compiled: Compiled, source: Path | None, emit: Sequence[
     _fill_report(folder, compiled.report)
     for file in tokenizer_files(source) if source is not None and source.is_dir() else []:
         shutil.copyfile(file, folder / file.name)
+    if binaries:
+        from .export.kernel_folder import write_kernels
+
+        write_kernels(folder / KERNELS, binaries)
     artefacts = emit_all(folder, compiled, emit, source)
     manifest = {
         "format": FORMAT,

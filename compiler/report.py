@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 CONTEXTS = (8 * 1024, 128 * 1024)
+_KERNEL_FIGURES = ("registers", "spilled", "shared", "bytes")
 # What an entry of a site has beside the fields of `Site`, or in another form.
 _NOT_OF_SITES = ("memory", "step_bytes", "held_bytes", "window", "rule")
 
@@ -35,11 +36,14 @@ class Lowered:
         kernels: one entry a generated kernel: name, source file, calls by graph.
         references: what runs on references or torch's own operations, a reason each.
         inductor: by graph, "lowered", or why it runs operation by operation.
+        targets: by target that kernels were compiled for, their registers and sizes, and what is
+            not covered there (see `export.targets.figures`).
     """
 
     kernels: list[dict[str, Any]] = field(default_factory=list)
     references: list[str] = field(default_factory=list)
     inductor: dict[str, str] = field(default_factory=dict)
+    targets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,6 +56,10 @@ class Lowered:
             lines.append(f"kernels: {len(self.kernels)} generated, called {calls} times a step")
             lines += [f"  - {kernel['name']}: {kernel['source']}" for kernel in self.kernels]
         lines += [f"not generated: {reason}" for reason in self.references]
+        for target, made in self.targets.items():
+            size = bytes_of(sum(kernel["bytes"] for kernel in made["kernels"]))
+            lines.append(f"{target}: {len(made['kernels'])} kernels, {size}, unverified on GPU")
+            lines += [f"{target}: not compiled: {reason}" for reason in made["uncovered"]]
         eager = {reason for reason in self.inductor.values() if reason != "lowered"}
         return lines + [f"step graph runs operation by operation: {r}" for r in sorted(eager)]
 
@@ -165,6 +173,7 @@ class Report:
                 raise ValueError(
                     f"report with a kernel {kernel!r:.60}; expected its calls by graph"
                 )
+        _check_targets(values["lowered"].targets)
         return cls(**values)
 
     def table(self) -> Table:
@@ -197,6 +206,21 @@ class Report:
                 totals.append(bytes_of(sum(s.dense_bytes(context) for s in self.sites)))
             table.add_section()
             table.add_row("", "all", "", "", "", *totals)
+        return table
+
+    def kernel_table(self) -> Table:
+        """One row a kernel and target: what it takes of a multiprocessor, and how large it is."""
+        from rich.table import Table
+
+        table = Table(title="kernels compiled for other machines", title_justify="left")
+        table.add_column("kernel", overflow="fold")
+        table.add_column("target", no_wrap=True)
+        for head in ("registers", "spilled", "shared", "size"):
+            table.add_column(head, justify="right", no_wrap=True)
+        for target, made in self.lowered.targets.items():
+            for kernel in made["kernels"]:
+                sizes = [bytes_of(kernel[key]) for key in ("spilled", "shared", "bytes")]
+                table.add_row(kernel["name"], target, str(kernel["registers"]), *sizes)
         return table
 
     def lines(self) -> list[str]:
@@ -235,6 +259,8 @@ class Report:
 
         if self.sites:
             yield self.table()
+        if self.lowered.targets:
+            yield self.kernel_table()
         yield Text("\n".join(self.lines()))
 
     def __str__(self) -> str:
@@ -355,6 +381,20 @@ def bytes_of(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+
+
+def _check_targets(targets: Any) -> None:
+    """Refuses what `kernel_table` and the page could not show."""
+    try:
+        for made in targets.values():
+            numbers = [k[key] for k in made["kernels"] for key in (*_KERNEL_FIGURES, "threads")]
+            words = [k[key] for k in made["kernels"] for key in ("name", "binary")]
+            if {*map(type, numbers)} - {int} or {*map(type, [*words, *made["uncovered"]])} - {str}:
+                raise TypeError
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(
+            f"report with targets {targets!r:.60}; expected the figures of kernels by target"
+        ) from None
 
 
 def _site_cells(site: Site) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from .bench_result import FILLS, Bench, milliseconds
 from .report import CONTEXTS, Report, bytes_of, size_of
@@ -60,6 +61,7 @@ def render(report: Report, results: Results | None = None, version: str = "") ->
             quality=quality,
             scores=score_tables(quality) if quality else [],
             kernels=kernels,
+            targets=_targets(report),
             eager=sorted({why for why in report.lowered.inductor.values() if why != "lowered"}),
             self_check=[(k.replace("_", " "), _plain(v)) for k, v in report.self_check.items()],
             timings=_timings(report),
@@ -156,6 +158,11 @@ def _unverified(
             add("Sources", f"{gone} of {len(kernels)} kernel sources are not where they were")
         if report.max_context is not None and report.max_context < CURVE[-1]:
             add("Context", f"tables hold for {report.max_context} tokens; more is arithmetic")
+    for target, made in report.lowered.targets.items():
+        if made["kernels"]:
+            add("Kernels", f"those for {target} were compiled, and not run")
+        for why in made["uncovered"]:
+            add("Kernels", f"not compiled for {target}: {why}")
     for fault in faults:
         add("Results", fault)
     return found
@@ -201,6 +208,29 @@ def _kernel(kernel: dict[str, Any]) -> dict[str, Any]:
         "link": path.as_uri() if path.is_absolute() and os.path.isfile(path) else None,
         "calls": ", ".join(f"{graph} {count}" for graph, count in calls),
     }
+
+
+def _targets(report: Report) -> list[dict[str, Any]]:
+    """Kernels that were compiled for other machines, with links into the folder."""
+    return [
+        {
+            "target": target,
+            "size": bytes_of(sum(kernel["bytes"] for kernel in made["kernels"])),
+            "rows": [
+                {
+                    "name": kernel["name"],
+                    "link": quote(f"kernels/{target.replace(':', '-')}/{kernel['binary']}"),
+                    "cells": [
+                        str(kernel["threads"]),
+                        str(kernel["registers"]),
+                        *(bytes_of(kernel[key]) for key in ("spilled", "shared", "bytes")),
+                    ],
+                }
+                for kernel in made["kernels"]
+            ],
+        }
+        for target, made in report.lowered.targets.items()
+    ]
 
 
 def _timings(report: Report) -> list[tuple[str, str, float]]:

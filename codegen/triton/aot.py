@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..spec import STATE_OPS, KernelSpec
+from . import ptx
 from .blocks import Launch, architecture, launches
 from .load import module
 
-_TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+TORCH_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
 # What pointers lead to, where it is not the spec's dtype.
 _INTEGERS = (
     *("p_table", "p_list", "p_position", "p_lengths", "p_selected", "p_ranks"),
@@ -37,8 +39,12 @@ class CompiledKernel:
         entry: the function's name in the binary.
         assembly: the text of what is passed on: PTX, or AMD assembly.
         binary: cubin or hsaco.
-        shared: bytes of shared memory a program uses.
+        shared: bytes of shared memory a program is given when it is launched.
         threads: of one program.
+        multiples: by argument, what it is taken to be a multiple of: bytes of a pointer, elements
+            of a stride.
+        written_for: what the assembly is written for, with its version: "sm_90a, PTX 8.7".
+        triton: the version that compiled it.
     """
 
     role: str
@@ -49,6 +55,9 @@ class CompiledKernel:
     binary: bytes
     shared: int
     threads: int
+    multiples: dict[str, int] = field(default_factory=dict, hash=False)
+    written_for: str = ""
+    triton: str = ""
 
 
 def compile_for(spec: KernelSpec, target: str) -> list[CompiledKernel]:
@@ -74,8 +83,6 @@ def compile_launch(
     spec: KernelSpec, made: Any, role: str, launch: Launch, target: str
 ) -> CompiledKernel:
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     kernel = getattr(made, launch.kernel)
     if not isinstance(kernel, triton.runtime.JITFunction):
@@ -87,35 +94,107 @@ def compile_launch(
         name: "constexpr" if name in launch.constants else _type(spec, name)
         for name in kernel.arg_names
     }
-    # Tensors are allocated at multiples of 16 bytes, and rows begin at such multiples.
-    aligned = [["tt.divisibility", 16]]
+    multiples = {name: _multiple(spec, name) for name in kernel.arg_names}
+    return compile_kernel(kernel, signature, multiples, launch, role, target)
+
+
+def compile_kernel(
+    kernel: Any,
+    signature: dict[str, str],
+    multiples: dict[str, int],
+    launch: Launch,
+    role: str,
+    target: str,
+) -> CompiledKernel:
+    """One kernel for a target.
+
+    Args:
+        signature: the type of each parameter, in order.
+        multiples: by name, what a parameter is taken to be a multiple of.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     attributes = {
-        (at,): aligned
-        for at, name in enumerate(kernel.arg_names)
-        if name.startswith("p_") or name.endswith(("_batch", "_head", "_row"))
+        (at,): [["tt.divisibility", multiples[name]]]
+        for at, name in enumerate(signature)
+        if multiples.get(name, 1) > 1
     }
     backend, arch = target.split(":")
     number = int(arch.removeprefix("sm_")) if backend == "cuda" else arch
-    found = triton.compile(
-        ASTSource(kernel, signature, dict(launch.constants), attributes),
-        target=GPUTarget(backend, number, architecture(target).warp),
-        options={
-            "num_warps": launch.warps,
-            "num_stages": launch.stages,
-            "enable_fp_fusion": True,  # what launches use; Triton is about to change its default
-        },
-    )
+    with triton.knobs.compilation.scope():
+        # The lines of a file that is on this machine alone, with its path, are nothing to ship.
+        triton.knobs.compilation.disable_line_info = True
+        found = triton.compile(
+            ASTSource(kernel, signature, dict(launch.constants), attributes),
+            target=GPUTarget(backend, number, architecture(target).warp),
+            options={
+                "num_warps": launch.warps,
+                "num_stages": launch.stages,
+                "enable_fp_fusion": True,  # as in launches; Triton is about to change its default
+            },
+        )
     text, binary = ("ptx", "cubin") if backend == "cuda" else ("amdgcn", "hsaco")
+    arguments = tuple((name, kind) for name, kind in signature.items() if kind != "constexpr")
+    written_for = _check_launch(found, found.asm[text], backend, len(arguments))
     return CompiledKernel(
         role,
         launch,
-        tuple((name, kind) for name, kind in signature.items() if kind != "constexpr"),
+        arguments,
         found.metadata.name,
         found.asm[text],
         found.asm[binary],
         found.metadata.shared,
         launch.warps * architecture(target).warp,
+        {name: multiples[name] for name, _ in arguments if multiples.get(name, 1) > 1},
+        written_for,
+        triton.__version__,
     )
+
+
+def _multiple(spec: KernelSpec, name: str) -> int:
+    """What an argument is taken to be a multiple of.
+
+    Tensors are allocated at multiples of 16 bytes. Heads of queries, keys and values lie their
+    width apart, or a multiple of it.
+    """
+    if name.startswith("p_"):
+        return 16
+    what, _, axis = name.partition("_")
+    if what not in ("query", "key", "value") or axis not in ("batch", "head", "row"):
+        return 1
+    return math.gcd(spec.value_dim if what == "value" else spec.key_dim, 16)
+
+
+def _check_launch(found: Any, text: str, backend: str, arguments: int) -> str:
+    """Holds a compiled kernel to what our launches pass it; what its assembly is written for.
+
+    Triton adds two pointers behind the arguments, to memory of which our kernels take none.
+    """
+    facts = found.metadata
+    for name in ("global_scratch_size", "profile_scratch_size"):
+        if size := getattr(facts, name, 0):
+            raise RuntimeError(f"{facts.name} has a {name} of {size}, and is given none")
+    for name in ("launch_cooperative_grid", "launch_pdl"):
+        if getattr(facts, name, False):
+            raise RuntimeError(f"{facts.name} asks for {name}; our launches are plain ones")
+    if facts.num_ctas != 1:
+        raise RuntimeError(f"{facts.name} has clusters of {facts.num_ctas}; our launches have none")
+    if backend == "cuda":
+        entry = ptx.entry(text)
+        count, written_for = len(entry.parameters), f"{entry.target}, PTX {entry.version}"
+    else:
+        told = re.findall(r"^\s+\.value_kind:\s+(\w+)", text, re.M)
+        count = sum(not kind.startswith("hidden_") for kind in told)
+        target = re.search(r'\.amdgcn_target "([^"]+)"', text)
+        written_for = target[1] if target else ""
+    if count != arguments + len(ptx.HIDDEN):
+        raise RuntimeError(
+            f"{facts.name} takes {count} parameters; expected {arguments} and Triton's "
+            f"{' and '.join(ptx.HIDDEN)}"
+        )
+    return written_for
 
 
 def _type(spec: KernelSpec, name: str) -> str:
@@ -128,7 +207,34 @@ def _type(spec: KernelSpec, name: str) -> str:
     of_state = spec.op in STATE_OPS and name not in ("p_query", "p_key", "p_value")
     if name in _FLOATS or spec.op == "combine" or of_state:
         return "*fp32"
-    return f"*{_TRITON_TYPES[spec.dtype]}"
+    return f"*{TORCH_TYPES[spec.dtype]}"
+
+
+def used(compiled: CompiledKernel) -> dict[str, int]:
+    """`resources` of a kernel of either vendor; for AMD of vector registers, with "scalar" ones.
+
+    Raises:
+        ImportError, ValueError: as `resources`.
+    """
+    if compiled.binary[:4] != b"\x7fELF":
+        raise ValueError(f"{compiled.entry}: no binary")
+    if ".amdgcn_target" not in compiled.assembly:
+        return resources(compiled.binary)
+    found = {}
+    for name, key in _AMD_COUNTS.items():
+        told = re.search(rf"^\s+(?:- )?\.{key}:\s+(\d+)", compiled.assembly, re.M)
+        if told is None:
+            raise ValueError(f"{compiled.entry}: its assembly does not tell {key}")
+        found[name] = int(told[1])
+    return found
+
+
+_AMD_COUNTS = {
+    "registers": "vgpr_count",
+    "stack": "private_segment_fixed_size",
+    "shared": "group_segment_fixed_size",
+    "scalar": "sgpr_count",
+}
 
 
 def resources(cubin: bytes) -> dict[str, int]:

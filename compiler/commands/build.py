@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
@@ -9,6 +10,7 @@ import click
 from ..arguments import policy_options, split_spec
 from ..export.formats import FORMATS, known_formats
 from ..progress import doing
+from ..settings import kernels as kernels_setting
 from . import options
 from .files import default_name
 from .options import Source
@@ -25,6 +27,12 @@ from .output import show, show_json
 )
 @click.option("--budget", type=int, metavar="N", help="Tokens a query reads: --set budget=N.")
 @options.settings
+@click.option(
+    "--target",
+    "targets",
+    metavar="TARGET,...",
+    help="GPUs to compile kernels for, present or not, as in cuda:sm_90,hip:gfx942.",
+)
 @click.option(
     "--out",
     type=options.PATH,
@@ -48,6 +56,7 @@ def build(
     policy: str,
     budget: int | None,
     settings: tuple[str, ...],
+    targets: str | None,
     out: Path | None,
     emit: str | None,
     force: bool,
@@ -69,6 +78,12 @@ def build(
     from ..pipeline import build as build_model
     from ..report import stage
 
+    if targets is not None:
+        from ...codegen.triton.workers import check_compiler
+        from ..export.targets import compile_targets, figures, parse_targets
+
+        chosen_targets = parse_targets(targets)
+        check_compiler()
     if not dry_run:
         check_target(target, force)
 
@@ -81,12 +96,26 @@ def build(
     report = compiled.report
     report.timings = {**timings, **report.timings}
     refused = compiled.program is None
+    binaries = []
+    if targets is not None and not refused:
+        started = time.perf_counter()
+        required = kernels_setting(kernels) == "required"
+        binaries = compile_targets(compiled, chosen_targets, required=required)
+        report.lowered.targets = figures(binaries)
+        report.timings["targets"] = time.perf_counter() - started
     if not dry_run:
         with doing("write"):
             if refused:
                 write_refusal(target, report, force=force)
             else:
-                write(target, compiled, source=loaded.path, force=force, emit=formats)
+                write(
+                    target,
+                    compiled,
+                    source=loaded.path,
+                    force=force,
+                    emit=formats,
+                    binaries=binaries,
+                )
     if as_json:
         show_json(report.to_json())
         return

@@ -46,6 +46,8 @@ BATCH, COUNT, UNITS = "batch", "n", "units"
 # Sizes that the graph is traced with; they are symbols, so any would do.
 _TRACED = {BATCH: 3, COUNT: 5, UNITS: 4}
 
+CPU = torch.device("cpu")
+
 # Gives the outputs of a node, as the exporter's translations do.
 Translation = Callable[..., Any]
 
@@ -76,7 +78,9 @@ def check_opset(opset: int) -> None:
         )
 
 
-def example(contract: Contract) -> tuple[list[Tensor], list[dict[int, Any]]]:
+def example(
+    contract: Contract, device: torch.device = CPU
+) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Inputs of an engine by its contract, and which of their axes are symbols.
 
     Returns:
@@ -101,7 +105,13 @@ def example(contract: Contract) -> tuple[list[Tensor], list[dict[int, Any]]]:
             symbols[tensor.grows.axis] = times * dims[UNITS] if times > 1 else dims[UNITS]
         given.append(torch.zeros(shape, dtype=tensor.torch_dtype))
         axes.append(symbols)
-    return given, axes
+    return [tensor.to(device) for tensor in given], axes
+
+
+def device_of(graph: torch.nn.Module) -> torch.device:
+    """Where a graph's weights are."""
+    weights = [*graph.parameters(), *graph.buffers()]
+    return weights[0].device if weights else CPU
 
 
 def _dim_names(contract: Contract) -> dict[str, str]:
@@ -161,7 +171,7 @@ def onnx_model(
     """
     require_onnx()
     check_opset(opset)
-    given, axes = example(contract)
+    given, axes = example(contract, device_of(graph))
     model = exported(
         graph,
         given,
@@ -180,6 +190,8 @@ def translation_table(
 ) -> dict[Any, Translation]:
     """What stands in the place of each operator of `models.portable`; see `onnx_model`."""
     table = {portable.operator(name): _as_node(name) for name in NODES}
+    # Reads of several kinds of pages are merged by an operator that has no state to be rewritten.
+    table[torch.ops.memcompile.combine.default] = _as_node("combine")
     for name, translation in (translations or {}).items():
         table[portable.operator(name)] = _checked(name, translation)
     return table

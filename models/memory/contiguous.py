@@ -24,6 +24,7 @@ from .parts import SCORE_FIELDS
 from .records import page_records
 
 LOWEST = torch.finfo(torch.float32).min
+FAR = (1 << 31) - 1  # beyond every token, in 32 bits: to these some runtimes narrow constants
 
 
 def iota(count: int, like: Tensor) -> Tensor:
@@ -195,10 +196,10 @@ def append(
         slot = columns_of(page, capacity // size, pinned) * size + torch.remainder(token, size)
         room = capacity - pinned * size - reach - size
         slot = torch.where(count <= room, slot, capacity)
-    heads, width = new.shape[1], new.shape[3]
-    at = row[:, None, :, None].expand(-1, heads, -1, width)
+    heads = new.shape[1]
     old = rows_of(cache, slot.clamp_max(capacity - 1)[:, None].expand(-1, heads, -1))
-    written = torch.where((count > 0)[:, None, :, None], new.gather(2, at).to(cache.dtype), old)
+    given = rows_of(new, row[:, None].expand(-1, heads, -1)).to(cache.dtype)
+    written = torch.where((count > 0)[:, None, :, None], given, old)
     made: Tensor = torch.ops.memcompile_portable.put_rows(cache, slot, written)
     return made
 
@@ -416,9 +417,9 @@ def _scores(rows: Tensor, records: dict[str, Tensor], score: str, own: bool = Fa
 
 def _ascending(pages: Tensor) -> Tensor:
     """The pages of each row in order, -1 behind them."""
-    beyond = torch.where(pages >= 0, -pages, -(1 << 40))
+    beyond = torch.where(pages >= 0, -pages, -FAR)
     ordered, _ = torch.ops.memcompile_portable.largest(beyond, pages.shape[-1])
-    return torch.where(ordered > -(1 << 40), -ordered, -1)
+    return torch.where(ordered > -FAR, -ordered, -1)
 
 
 # --- reading ---
@@ -608,7 +609,7 @@ def _visible(
     else:
         page = pages_in(position, lengths, columns, size, pinned)
         last = (page[..., None] * slots + iota(slots, page) + 1) * (size // slots) - 1
-        last = torch.where(page[..., None] >= 0, last, 1 << 40).flatten(1)[:, None]
+        last = torch.where(page[..., None] >= 0, last, FAR).flatten(1)[:, None]
     visible = (token[..., None] >= last) & live[..., None]  # [B, n, columns * slots]
     if window:
         visible = visible & (token[..., None] - window < last)

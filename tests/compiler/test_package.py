@@ -342,6 +342,34 @@ def other_site(folder: Path) -> None:
     resign(folder, sites=sites)
 
 
+def listed(name: str) -> Callable[[Path], None]:
+    """A manifest that lists a file of this name, too."""
+
+    def spoil(folder: Path) -> None:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        resign(folder, files={**files, name: {"bytes": 1, "sha256": "0"}})
+
+    return spoil
+
+
+def link(name: str) -> Callable[[Path], None]:
+    """A listed file whose content, though as it was written, lies elsewhere."""
+
+    def spoil(folder: Path) -> None:
+        outside = folder.parent / "outside"
+        outside.mkdir()
+        (outside / "x").write_bytes(b"x")
+        if name == "report.json":
+            shutil.move(folder / name, outside / name)
+            (folder / name).symlink_to(outside / name)
+        else:
+            (folder / name).symlink_to(outside)
+            files = json.loads((folder / "manifest.json").read_text())["files"]
+            resign(folder, files={**files, f"{name}/x": {}})
+
+    return spoil
+
+
 SPOILED: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "cut program": (cut("program.pt2"), ValueError, "program.pt2: "),
     "cut weights": (cut("weights.safetensors"), ValueError, "cut off or changed"),
@@ -365,6 +393,16 @@ SPOILED: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
         ValueError,
         "lists the file '../../x'",
     ),
+    "file of a folder outside": (listed("kernels/../../x"), ValueError, "'kernels/../../x'"),
+    "file from the root": (listed("/etc/passwd"), ValueError, "lists the file '/etc/passwd'"),
+    "file of a drive": (listed("c:x"), ValueError, "lists the file 'c:x'"),
+    "file with a backslash": (listed("..\\x"), ValueError, "lists the file"),
+    "file with two names": (listed("kernels//x"), ValueError, "lists the file 'kernels//x'"),
+    "file without a name": (listed(""), ValueError, "lists the file ''"),
+    "file that is a folder": (listed("."), ValueError, "lists the file '.'"),
+    "file below that is gone": (listed("kernels/x"), FileNotFoundError, "kernels/x: missing"),
+    "link to a file outside": (link("report.json"), ValueError, "leads out of the folder"),
+    "link to a folder outside": (link("kernels"), ValueError, "leads out of the folder"),
     "cut weights, signed": (
         cut_and_signed,
         ValueError,

@@ -16,6 +16,7 @@ FILES = (
     "numerics_index.py",
     "numerics_levels.py",
     "numerics_state.py",
+    "numerics_plugin.py",
     "numerics_step.py",
 )
 

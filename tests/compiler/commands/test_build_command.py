@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -277,8 +276,8 @@ def test_a_signal_leaves_nothing_half_done(
     fill, rename, count = package._fill, Path.rename, 0
 
     def interrupt() -> None:
-        os.kill(os.getpid(), number)
-        time.sleep(5)  # the signal is on its way
+        signal.raise_signal(number)  # to this thread: another's would not end its sleep
+        time.sleep(5)
 
     def filled(*arguments: Any) -> None:
         fill(*arguments)

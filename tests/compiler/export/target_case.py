@@ -1,0 +1,3 @@
+"""The GPUs that tests compile kernels for."""
+
+TARGETS = ("cuda:sm_80", "hip:gfx942")
