@@ -15,10 +15,19 @@ if TYPE_CHECKING:
     from .compiler.graph_report import GraphReport
     from .compiler.report import Report
     from .models.memory import Policy
+    from .runtime.attention_interface import CachedAttention
     from .runtime.engine import Engine
 
 __version__ = "0.1.0"
-__all__ = ["compile", "explain", "export", "graphs", "invalidate", "policies"]
+__all__ = [
+    "compile",
+    "explain",
+    "export",
+    "graphs",
+    "invalidate",
+    "policies",
+    "register_attention",
+]
 
 # Every import stands inside the function that needs it: `import memcompile` alone loads no
 # compiler, and takes no longer than it has to.
@@ -154,3 +163,31 @@ def invalidate(cache: Any) -> int:
     from .compiler.backend import invalidate
 
     return invalidate(cache)
+
+
+def register_attention(
+    policy: Policy | str | PathLike[str] = "scout", *, name: str = "memcompile", **options: Any
+) -> CachedAttention:
+    """Make `policy` an attention function of transformers: `model.set_attn_implementation(name)`.
+
+    From then on decode steps of such a model read its cache (DynamicCache, StaticCache) through the
+    policy; prompts are read densely. Nothing is compiled, and the model's own loop stays as it is.
+
+    Args:
+        policy: as for `compile`; one that keeps pages alone.
+        name: of the entry; registered again, it is replaced.
+        options: fields of the policy, and ``kernels`` and ``decode_tokens`` as for
+            `torch.compile(backend="memcompile")`.
+
+    Returns:
+        what counts: ``calls``, with the pages that were read, and why calls were dense;
+        ``print`` shows it.
+
+    Raises:
+        ValueError: an unknown policy or option (the known ones are listed), a policy that a cache
+            cannot serve, or a name that is somebody else's.
+        ImportError: transformers is not installed, or too old.
+    """
+    from .compiler.attention_entry import register_attention
+
+    return register_attention(policy, name, options)

@@ -124,6 +124,18 @@ def _compile_time(settings: Settings) -> Outcome:
     return run(settings)
 
 
+def _onnx(settings: Settings) -> Outcome:
+    from .onnx import run
+
+    return run(settings)
+
+
+def _aoti(settings: Settings) -> Outcome:
+    from .aoti import run
+
+    return run(settings)
+
+
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
@@ -133,6 +145,8 @@ BENCHMARKS = {
         Benchmark("linear", "one token through 16-bit linear layers", _linear),
         Benchmark("decode", "one token through a 32-layer Llama, by context", _decode),
         Benchmark("backend", "the same through torch.compile over a StaticCache", _backend),
+        Benchmark("aoti", "one token through an AOTInductor package and its engine", _aoti),
+        Benchmark("onnx", "one decode step of attention under onnxruntime", _onnx),
         Benchmark("compile-time", "module to running engine, 32 layers", _compile_time),
     )
 }

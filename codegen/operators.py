@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -93,24 +93,36 @@ def fake(spec: KernelSpec) -> Callable[..., Any]:
     }[spec.op]
 
 
-def definitions(namespace: str, specs: list[KernelSpec]) -> str:
-    """C++ that defines the operators of `specs` where there is no Python."""
+def definitions(namespace: str, schemas: Sequence[str]) -> str:
+    """C++ that defines operators where there is no Python, unless somebody has.
+
+    Args:
+        schemas: "name(arguments) -> results" each.
+    """
     lines = [
         "// Definitions of operators, apart from whatever implements them.",
         "#include <torch/library.h>",
         "",
+        "#include <ATen/core/dispatch/Dispatcher.h>",
+        "",
+        "// Another engine of this process may have the same kernels.",
+        "static void define(torch::Library& m, const char* name, const char* schema) {",
+        f'  const std::string whole = std::string("{namespace}::") + name;',
+        '  if (!c10::Dispatcher::singleton().findSchema({whole, ""})) m.def(schema);',
+        "}",
+        "",
         f"TORCH_LIBRARY_FRAGMENT({namespace}, m) {{",
     ]
-    for spec in specs:
-        head, back = spec.schema.split(" -> ")
-        arguments = head[len(spec.name) + 1 : -1]
-        lines += [f'  m.def("{spec.name}("']
+    for schema in schemas:
+        head, back = schema.split(" -> ")
+        name, arguments = head[:-1].split("(", 1)
+        lines += [f'  define(m, "{name}",', f'         "{name}("']
         line = ""
         for argument in arguments.split(", "):
             more = f"{line}, {argument}" if line else argument
             if len(more) > 78:
-                lines.append(f'        "{line}, "')
+                lines.append(f'         "{line}, "')
                 more = argument
             line = more
-        lines += [f'        "{line}) -> {back}");'] if line else [f'        ") -> {back}");']
+        lines += [f'         "{line}) -> {back}");'] if line else [f'         ") -> {back}");']
     return "\n".join([*lines, "}", ""])

@@ -134,7 +134,7 @@ def cached_run(
             told.references = ["kernels=off"]
         else:
             _stream_weights(module, kernels, told)
-            traced = {"policy": Traced(module, [], [], None)}
+            traced = {"policy": Traced(module, [], {}, None)}
             put_kernels(traced, next(_tensors(module)).device, kernels, told)
         module.recompile()
         inputs = [n for n in module.graph.nodes if n.op == "placeholder"]

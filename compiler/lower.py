@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from .settings import debug
 
 Step = Callable[..., tuple[Tensor, ...]]
 SIXTEEN = (torch.bfloat16, torch.float16)
+# From a ShapeEnv to the inputs of a step graph, in a fake mode.
+Example = Callable[[Any], list[Tensor]]
 
 
 def lower(
@@ -63,7 +66,7 @@ def lower(
     with stage(timings, "trace"):
         for name, graph in graphs.items():
             if names[id(graph)] == name:
-                made = try_trace(graph, layouts, device, linear, kernels)
+                made = try_trace(graph, partial(example_state, layouts, device), linear, kernels)
                 if isinstance(made, Traced):
                     traced[name] = made
                 else:
@@ -75,7 +78,7 @@ def lower(
         lowered.references.append(f"linear layers are torch's own: {untold}")
         warnings.warn(lowered.references[-1], stacklevel=2)
     if linear is not None:
-        streamed = [weight for step in traced.values() for weight in step.weights]
+        streamed = [weight for step in traced.values() for weight in step.weights.values()]
         for weight in {weight.data_ptr(): weight for weight in streamed}.values():
             huge_pages.collapse(weight)
     with stage(timings, "inductor"):
@@ -102,26 +105,20 @@ class Traced:
     Attributes:
         graph: takes the weights, then the step's inputs.
         inputs: fake tensors for all of them.
-        weights: the tensors themselves.
+        weights: the tensors themselves, by the names that the step graph had for them.
         mode: what the fakes were made in.
     """
 
     graph: fx.GraphModule
     inputs: list[Tensor]
-    weights: list[Tensor]
+    weights: dict[str, Tensor]
     mode: Any
 
 
-def try_trace(
-    step: fx.GraphModule,
-    layouts: Sequence[SiteLayout],
-    device: torch.device,
-    linear: Any,
-    kernels: str,
-) -> Traced | str:
+def try_trace(step: fx.GraphModule, example: Example, linear: Any, kernels: str) -> Traced | str:
     """`trace`, or why it cannot be done, where kernels are not required."""
     try:
-        return trace(step, layouts, device, linear)
+        return trace(step, example, linear)
     except Exception as reason:  # the decompositions of any operation of any model run here
         text = f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
         if kernels == "required":
@@ -133,12 +130,17 @@ def try_trace(
 
 
 def trace(
-    step: fx.GraphModule, layouts: Sequence[SiteLayout], device: torch.device, linear: Any
+    step: fx.GraphModule,
+    example: Example,
+    linear: Any,
+    texts: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> Traced:
     """Decomposes a step graph, with every size of the state symbolic.
 
     Args:
+        example: makes tensors for its inputs, of sizes from `size`; called in a fake mode.
         linear: the operator for linear layers with 16-bit weights; None leaves them to Inductor.
+        texts: what operators are decomposed to beside those that Inductor decomposes.
     """
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -150,29 +152,32 @@ def trace(
     mode = FakeTensorMode(shape_env=ShapeEnv(specialize_zero_one=False, duck_shape=False))
     with mode:
         inputs: list[Tensor]
-        inputs = [mode.from_tensor(weight, static_shapes=True) for weight in weights]
-        inputs += example_state(layouts, device, mode.shape_env)
+        inputs = [mode.from_tensor(w, static_shapes=True) for w in weights.values()]
+        inputs += example(mode.shape_env)
+    table = {**select_decomp_table(), **(texts or {})}
     with torch.no_grad():
-        traced = make_fx(lifted, select_decomp_table(), tracing_mode="symbolic")(*inputs)
+        traced = make_fx(lifted, table, tracing_mode="symbolic")(*inputs)
     # The traced module carries what no cache can take as a key.
     return Traced(fx.GraphModule({}, traced.graph), inputs, weights, mode)
+
+
+def size(shape_env: Any, name: str, hint: int) -> Any:
+    """A new size of any value, zero and one included."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    source = ConstantSource(name)
+    symbol = shape_env.create_symbol(
+        hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
+    )
+    return shape_env.create_symintnode(symbol, hint=hint, source=source)
 
 
 def example_state(
     layouts: Sequence[SiteLayout], device: torch.device, shape_env: Any
 ) -> list[Tensor]:
     """Tensors of symbolic sizes for the inputs of a step graph, to be called in a fake mode."""
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic
-
-    def size(name: str, hint: int) -> Any:
-        source = ConstantSource(name)
-        symbol = shape_env.create_symbol(
-            hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
-        )
-        return shape_env.create_symintnode(symbol, hint=hint, source=source)
-
-    batch, rows = size("batch", 2), size("rows", 3)
+    batch, rows = size(shape_env, "batch", 2), size(shape_env, "rows", 3)
     columns: dict[TableKey, Any] = {}
     pages: dict[TableKey, Any] = {}
 
@@ -184,8 +189,8 @@ def example_state(
         for key, pools in layout.stores():
             # Sites that share a page table have as many columns and pages as each other.
             if key not in columns:
-                columns[key] = size(f"columns{len(columns)}", 40)
-                pages[key] = size(f"pages{len(pages)}", 400)
+                columns[key] = size(shape_env, f"columns{len(columns)}", 40)
+                pages[key] = size(shape_env, f"pages{len(pages)}", 400)
             inputs.append(empty(batch, layout.kv_heads, columns[key]))
             inputs += [empty(pages[key], *shape, dtype=dtype) for shape, dtype in pools]
         if layout.memory.account is not None:
@@ -195,8 +200,8 @@ def example_state(
     return inputs
 
 
-def lift_weights(step: fx.GraphModule, linear: Any) -> tuple[fx.GraphModule, list[Tensor]]:
-    """The step with its weights as first inputs, and the weights."""
+def lift_weights(step: fx.GraphModule, linear: Any) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """The step with its weights as first inputs, and the weights by their names."""
     graph = fx.Graph()
     weights: dict[str, Tensor] = {}
     copied: dict[fx.Node, fx.Node] = {}
@@ -214,7 +219,7 @@ def lift_weights(step: fx.GraphModule, linear: Any) -> tuple[fx.GraphModule, lis
                 values = (*node.args, None)[:3]  # a bias may be left out
                 copied[node].target = linear
                 copied[node].args = fx.node.map_arg(values, lambda n: copied[n])
-    return fx.GraphModule({}, graph), [*weights.values()]
+    return fx.GraphModule({}, graph), weights
 
 
 def _streams_weights(node: fx.Node, weights: Mapping[str, Tensor]) -> bool:
@@ -323,7 +328,7 @@ def compile_step(traced: Traced, kernels: str) -> tuple[Step, str]:
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
 
-    weights = traced.weights
+    weights = [*traced.weights.values()]
     try:
         with tracing(TracingContext(traced.mode)), torch.no_grad():
             compiled = compile_fx_inner(traced.graph, traced.inputs)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import contiguous
+from .memory import contiguous, fused
 from .memory.paged import combine, wide
 
 NAMESPACE = "memcompile_portable"
@@ -164,6 +164,31 @@ def _put_rows_shapes(cache: Tensor, at: Tensor, new: Tensor) -> Tensor:
     return _like([cache])[0]
 
 
+def _grouped_shapes(
+    query: Tensor, key: Tensor, value: Tensor, position: Tensor, lengths: Tensor, keys: Tensor,
+    values: Tensor, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out, _ = _attend_shapes(query, keys, values)
+    return (out, *_like([keys, values]))
+
+
+def _page_records_shapes(
+    new: Tensor, position: Tensor, lengths: Tensor, keys: Tensor, values: Tensor,
+    index: list[Tensor], *rest: Any,
+) -> list[Tensor]:  # fmt: skip
+    return _like(index)
+
+
+def _delta_shapes(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor, lengths: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    # The text goes row by row, and the number of rows is not known.
+    dtype = wide(query.dtype)
+    out = query.new_empty((*query.shape[:3], value.shape[3]), dtype=dtype)
+    return out, query.new_empty(query.shape[:3], dtype=dtype), _like([state])[0]
+
+
 _SELECT = (
     "(Tensor query, Tensor[] index, str[] fields, Tensor position, Tensor lengths, str score, "
     "int size, int sink_pages, int window_pages, int capacity, int budget_pages, int dense_below)"
@@ -251,6 +276,26 @@ OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         "Tensor? norm) -> Tensor[]",
         contiguous.additive_state,
         contiguous.additive_state,
+    ),
+    # Given only to runtimes that have them as one (`passes.fuse_grouped`).
+    "grouped_attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor position, Tensor lengths, Tensor keys, "
+        "Tensor values, float scale, float softcap, int window, int size, int pinned, int reach) "
+        "-> (Tensor out, Tensor new_keys, Tensor new_values)",
+        fused.grouped_attention,
+        _grouped_shapes,
+    ),
+    "page_records": (
+        "(Tensor new, Tensor position, Tensor lengths, Tensor keys, Tensor values, "
+        "Tensor[] index, str[] fields, int size, int pinned, int record_pinned) -> Tensor[]",
+        contiguous.records,
+        _page_records_shapes,
+    ),
+    "delta_state": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor beta, Tensor lengths, "
+        "Tensor state) -> (Tensor out, Tensor lse, Tensor new_state)",
+        fused.delta_state,
+        _delta_shapes,
     ),
 }
 

@@ -154,6 +154,8 @@ def _slots(number: int, site: SitePlaces) -> list[_Slot]:
 class _Functional(_Rewriter):
     """`make_functional`."""
 
+    delta = False
+
     def rewrite(self, node: fx.Node) -> None:
         write = _WRITES.get(node.target)
         if write is not None:
@@ -310,7 +312,7 @@ class _Functional(_Rewriter):
         self, query: Any, key: Any, value: Any, decay: Any, beta: Any, lengths: Any, state: Any,
         norm: Any,
     ) -> tuple[Any, ...]:  # fmt: skip
-        if beta is not None:
+        if beta is not None and not self.delta:
             raise NotRewritten(
                 "no portable engine can be exported",
                 [
@@ -322,9 +324,13 @@ class _Functional(_Rewriter):
                     )
                 ],
             )
-        given = self.old((query, key, value, decay, lengths, state, norm))
         written = [state] if norm is None else [state, norm]
-        made = self.new("additive_state", *given)
+        if beta is None:
+            given = self.old((query, key, value, decay, lengths, state, norm))
+            made = self.new("additive_state", *given)
+        else:
+            given = self.old((query, key, value, decay, beta, lengths, state))
+            made = self.new("delta_state", *given)
         out, lse, *kept = self.parts(made, 2 + len(written))
         for old, new in zip(written, kept, strict=True):
             slot = self.slot(old)
@@ -447,7 +453,7 @@ class _Paged(_Rewriter):
 
 
 def make_functional(
-    step: fx.GraphModule, sites: Sequence[SitePlaces], ragged: bool
+    step: fx.GraphModule, sites: Sequence[SitePlaces], ragged: bool, delta: bool = False
 ) -> fx.GraphModule:
     """A step graph on contiguous state, in portable operations.
 
@@ -455,6 +461,7 @@ def make_functional(
         step: a graph of `remember.StepGraph`.
         sites: its sites, in order.
         ragged: whether it takes lengths; otherwise every row is valid.
+        delta: the runtime has the delta rule as an operator, for which standard ones have no form.
 
     Returns:
         (tokens, position, lengths if ragged, state...) -> (logits, new state...), pure.
@@ -462,7 +469,9 @@ def make_functional(
     Raises:
         NotRewritten: a memory that no portable operation covers; the reason is said.
     """
-    return _Functional(step, sites, ragged).run()
+    rewriter = _Functional(step, sites, ragged)
+    rewriter.delta = delta
+    return rewriter.run()
 
 
 def make_paged(step: fx.GraphModule, sites: Sequence[SitePlaces], ragged: bool) -> fx.GraphModule:

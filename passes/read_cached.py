@@ -14,7 +14,6 @@ have a table of their own; and the last keys of a row, which no whole page holds
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,9 +22,8 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 
+from ..models.memory.cached import emit_cached_read, record_sizes
 from ..models.memory.parts import field_width
-from ..models.memory.read import emit_read
-from ..models.memory.site import SiteTensors
 from ..models.memory.spec import Memory
 from .find_cached import CachedSite
 from .graph_tools import aten, calls, copy_origin, emit, extent, remove_dead
@@ -71,11 +69,6 @@ class CachedRead:
     graph: fx.GraphModule
     groups: list[Group]
     counted: list[str]
-
-
-def record_sizes(memory: Memory) -> tuple[int, ...]:
-    """Tokens that each kind of record of a memory stands for."""
-    return memory.levels or ((memory.page_size,) if memory.fields else ())
 
 
 def read_cached(
@@ -217,7 +210,6 @@ class _Builder:
         site, memory = cached.site, self.memories[cached.site.name]
         node = self.nodes[cached.folds]
         query, keys, values = cast(tuple[fx.Node, ...], node.args[:3])
-        asked = (query, given["position"], given["lengths"])
 
         def call(target: Any, *args: Any) -> fx.Node:
             new = emit(self.graph, target, *args)
@@ -225,35 +217,20 @@ class _Builder:
             return new
 
         with self.graph.inserting_before(node):
-            size, levelled = memory.page_size, bool(memory.levels)
-            tensors = SiteTensors(
-                given["page_table"],
-                self._pool(call, keys, size),
-                self._pool(call, values, size),
-                index=() if levelled else records.get(size, ()),
-                levels=tuple((given[f"table_{s}"], records[s]) for s in memory.levels),
-                record_table=None if self.aligned or levelled else given.get(f"table_{size}"),
-            )
-            read = {"scale": site.scale, "softcap": site.softcap}
-            beside: list[tuple[Any, Any]] = []
-            if not self.aligned:
-                single = [self._single_keys(call, cache) for cache in (keys, values)]
-                tail = call(
-                    torch.ops.memcompile.attend.default,
-                    *(query, *single, None, given["tail_table"], None, False),
-                    *(given["tail_position"], given["lengths"], *read.values(), 0, 1),
-                )
-                beside.append((call(operator.getitem, tail, 0), call(operator.getitem, tail, 1)))
-            out, pages = emit_read(
+            caches = (keys, values)
+            sizes = (self._sizes(call, keys), self._sizes(call, values))
+            out, pages = emit_cached_read(
                 call,
                 memory,
-                tensors,
-                "policy",
-                *asked,
-                **read,
-                window=0,
+                query,
+                caches,
+                sizes,
+                given,
+                records,
+                aligned=self.aligned,
+                scale=site.scale,
+                softcap=site.softcap,
                 dtype=node.meta["val"].dtype,
-                beside=beside,
             )
             if pages is not None:
                 read_pages = call(aten.ge.Scalar, pages, 0)
@@ -269,33 +246,6 @@ class _Builder:
             for axis, size in enumerate(shape)
         ]
 
-    def _pool(self, call: Any, cache: fx.Node, page_size: int) -> fx.Node:
-        """A cache [B, Hkv, L, D] as pages [P, page_size, D], without a copy."""
-        batch, heads, length, width = self._sizes(call, cache)
-        pages: fx.Node
-        if self.aligned:
-            pages = call(aten.view.default, cache, [-1, page_size, width])
-            return pages
-        rows = _times(call, _times(call, batch, heads), length)
-        sizes = [_plus(call, rows, 1 - page_size), page_size, width]
-        pages = call(aten.as_strided.default, cache, sizes, [width, width, 1])
-        return pages
-
-    def _single_keys(self, call: Any, cache: fx.Node) -> fx.Node:
-        """A cache as pages of one key, [B * Hkv * L, 1, D]."""
-        made: fx.Node = call(aten.view.default, cache, [-1, 1, cache.meta["val"].shape[3]])
-        return made
-
 
 def _pages(length: Any, size: int) -> Any:
     return (length + size - 1) // size
-
-
-def _times(call: Any, left: Any, right: Any) -> Any:
-    if isinstance(left, int) and isinstance(right, int):
-        return left * right
-    return call(operator.mul, left, right)
-
-
-def _plus(call: Any, left: Any, number: int) -> Any:
-    return left + number if isinstance(left, int) else call(operator.add, left, number)

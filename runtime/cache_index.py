@@ -60,16 +60,20 @@ class CacheIndex:
             for size in self.sizes:
                 self._grow(size, keys.shape[2] // size)
 
-    def bind(self, keys: Tensor, values: Tensor, held: Sequence[int] | None) -> None:
+    def bind(
+        self, keys: Tensor, values: Tensor, held: Sequence[int] | None, writes: int = 0
+    ) -> None:
         """From now on the index is of these tensors, which hold what the last ones held.
 
         Args:
             held: keys of each row by now, from its start; None: not to be trusted before all of
                 its pages were compared.
+            writes: to each tensor, with which new rows will have come before the next call.
         """
         self.storage = StorageWeakRef(keys.untyped_storage())
         self.layout = (keys.storage_offset(), keys.shape[1], keys.stride())
-        self.versions = _versions(keys, values)
+        found = _versions(keys, values)
+        self.versions = None if found is None else (found[0] + writes, found[1] + writes)
         self.held = None if held is None else list(held)
 
     def is_of(self, keys: Tensor) -> bool:
@@ -365,6 +369,37 @@ class Indexes:
                 index.fill(*pair, tokens)
                 result.append(index)
             return result, rebuilt
+
+    def knows(self, site: Any, keys: Tensor) -> bool:
+        """Whether there is an index of the tensor's very memory."""
+        with self.lock:
+            return self._of(site, keys) is not None
+
+    def follow(
+        self,
+        site: Any,
+        pair: tuple[Tensor, Tensor],
+        start: Sequence[int],
+        held: Sequence[int],
+    ) -> None:
+        """Binds an index whose cache is gone to the longer copy that took its place, if these
+        tensors are one: they hold as much more as was said, and the newest page is the same.
+
+        For sites behind others of their model, whose keys tell of all the tokens before them.
+
+        Args:
+            site, pair: a name and memory, and keys and values, as for `find`.
+            start, held: by row, as for `find`.
+        """
+        with self.lock:
+            if self._of(site, pair[0]) is not None:
+                return
+            for index in self._held.get(site, ()):
+                if index.gone and index.held == list(held) and index.could_be_of(pair[0]):
+                    answer = index.last_page_holds(*pair, start)
+                    if answer is not None and bool(answer):
+                        index.bind(*pair, held)
+                        return
 
     def distrust(self, caches: Sequence[Tensor]) -> None:
         """Something writes to these caches that this does not follow: compare before use."""

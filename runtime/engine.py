@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .admit import Bounds
 from .generate import Decode, stream
 from .memory_state import MemoryState
 from .site_layout import SiteLayout
@@ -52,6 +53,11 @@ class Program:
     vocabulary: int
     device: torch.device
     origin: Origin | None = None
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """What every call has to keep to."""
+        return Bounds(self.vocabulary, self.ragged, self.limit, self.limited_by)
 
     @cached_property
     def dense_below(self) -> int:
@@ -357,45 +363,7 @@ class Engine:
         Raises:
             ValueError: what is wrong with it, as every call raises it.
         """
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype != torch.int64:
-            got = (tokens.dtype, tuple(tokens.shape)) if isinstance(tokens, Tensor) else tokens
-            raise ValueError(f"expected tokens[B, n] as an int64 tensor, got {got!r:.80}")
-        batch, n = tokens.shape
-        if n < 1 or batch < 1:
-            raise ValueError(f"tokens[{batch}, {n}] holds no token; give at least one a row")
-        if self._state is not None and batch != self._state.batch:
-            raise ValueError(
-                f"this engine remembers {self._state.batch} rows, got {batch}; call reset() first, "
-                "or make a second engine"
-            )
-        # On another device the check would make every step wait for it.
-        if tokens.device.type == "cpu":
-            low, high = (int(t) for t in tokens.aminmax())
-            if low < 0 or high >= self._program.vocabulary:
-                raise ValueError(
-                    f"token {low if low < 0 else high} is not in the vocabulary of "
-                    f"{self._program.vocabulary}; are the tokens meant for another model?"
-                )
-        if isinstance(lengths, Tensor):
-            lengths = lengths.tolist()
-        counts = [n] * batch if lengths is None else [int(c) for c in lengths]
-        if len(counts) != batch or any(not 0 <= c <= n for c in counts) or not any(counts):
-            raise ValueError(f"lengths {counts} for tokens[{batch}, {n}]: give one of 0..{n} a row")
-        if not self._program.ragged and len(set(counts)) > 1:
-            raise ValueError(
-                f"lengths {counts} differ, but this model counts positions by itself, so the rows "
-                "of a batch share one position: give rows of one length, or a model that takes "
-                "position_ids"
-            )
-        held = self.position or [0] * batch
-        limit = self._program.limit
-        longest = max(h + c for h, c in zip(held, counts, strict=True))
-        if limit is not None and longest > limit:
-            raise ValueError(
-                f"{longest} tokens exceed the context of {limit} ({self._program.limited_by}); "
-                "reset or rewind the engine, or, if max_context is the limit, compile with more"
-            )
-        return counts
+        return self._program.bounds.admit(tokens, lengths, self.position)
 
     # --- inside ---
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .sampling import Sampler, Sampling
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 Decode = Callable[[list[int]], str]
 # What a row gives after its end where there is no eos to give: no token of any vocabulary.
@@ -19,8 +16,30 @@ NO_TOKEN = -1
 READS = ("policy", "dense")
 
 
+class Runner(Protocol):
+    """What generation needs of an engine: `Engine` is one, and so is an exported one's session."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def ragged(self) -> bool: ...
+
+    @property
+    def limit(self) -> int | None: ...
+
+    def admit(self, tokens: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
+        """Valid tokens a row; ValueError where the call does not fit."""
+
+    def prefill(self, tokens: Tensor, lengths: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Append ``tokens[B, n]``, read densely; ``[B, 1, V]`` logits of each row's last."""
+
+    def __call__(self, tokens: Tensor, lengths: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Append ``tokens[B, n]``, read through the policy; logits ``[B, n, V]``."""
+
+
 def stream(
-    engine: Engine,
+    engine: Runner,
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -49,7 +68,7 @@ def stream(
 
 
 def _steps(
-    engine: Engine,
+    engine: Runner,
     tokens: Tensor,
     counts: list[int],
     max_new_tokens: int,

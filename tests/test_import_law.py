@@ -19,7 +19,8 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "compiler": (
         {"compiler", "evaluation", "runtime", "passes", "codegen", "models"},
         {"torch", "numpy", "networkx", "safetensors", "rich", "click", "jinja2", "transformers"}
-        | {"tokenizers", "onnx", "onnxscript", "onnxruntime", "torch_tensorrt", "lm_eval"},
+        | {"tokenizers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "torch_tensorrt"}
+        | {"lm_eval", "sympy"},
     ),
     "evaluation": (
         {"evaluation", "runtime", "models"},
@@ -40,10 +41,12 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         {"", "benchmarks", "runtime", "codegen", "models", "models/networks"},
         {"torch", "numpy", "rich", "click", "transformers", "triton", "onnx", "onnxruntime"},
     ),
+    # What is copied to where neither memcompile nor torch is.
+    "examples/onnx": (set(), {"numpy", "onnxruntime"}),
     "examples": ({"", "models", "models/networks"}, {"torch", "numpy", "rich", "transformers"}),
 }
 # Slow to load or absent: only inside a function.
-LAZY = {"transformers", "tokenizers", "triton", "onnx", "onnxscript", "onnxruntime"} | {
+LAZY = {"transformers", "tokenizers", "triton", "onnx", "onnx_ir", "onnxscript", "onnxruntime"} | {
     "torch_tensorrt",
     "torch._inductor",
     "matplotlib",

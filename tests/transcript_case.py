@@ -100,7 +100,9 @@ class Shell:
             if words[0] == "memcompile":
                 self.code = main(words[1:])
             else:
-                runpy.run_path(words[1], run_name="__main__")
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(sys, "argv", words[1:])
+                    runpy.run_path(words[1], run_name="__main__")
                 self.code = 0
         return said.getvalue().decode(), out.getvalue()
 

@@ -229,7 +229,9 @@ def _make(
     log += [step.result() for step in running]
     others = [need.result() for need in needs]
     target = place / f"{library.name}.so"
-    command = (*by.command, "-shared", *map(str, objects), *map(str, others), *library.link)
+    # What is needed is loaded with the library, whether or not a symbol says so.
+    needed = ("-Wl,--no-as-needed", *map(str, others))
+    command = (*by.command, "-shared", *map(str, objects), *needed, *library.link)
     command += (f"-Wl,-soname,{target.name}", "-o", str(target))
     log.append(pool.submit(_run, command).result())
     (place / "build.log").write_text("\n".join(log), encoding="utf-8")

@@ -57,7 +57,8 @@ def load() -> torch._ops.OpOverload:
 def _load() -> torch._ops.OpOverload:
     runtime, shared = build.build([loader.runtime(), library()])
     home = operators_library(loader.NAMESPACE)
-    home.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    if not torch._C._dispatch_has_kernel(f"{loader.NAMESPACE}::linear"):  # of a shipped engine
+        home.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{loader.NAMESPACE}::linear", _fake, lib=home)
     torch.ops.load_library(runtime)
     torch.ops.load_library(shared)

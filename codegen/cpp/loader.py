@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -41,9 +41,13 @@ def path(spec: KernelSpec) -> Path:
     return build.folder(library(spec)) / f"{spec.name}.cpp"
 
 
-def definitions(specs: Iterable[KernelSpec]) -> str:
-    """C++ that defines the kernels' operators, for runtimes without Python."""
-    return operators.definitions(NAMESPACE, list(specs))
+def definitions(specs: Iterable[KernelSpec], more: Sequence[str] = ()) -> str:
+    """C++ that defines the kernels' operators, for runtimes without Python.
+
+    Args:
+        more: schemas of operators that no spec describes.
+    """
+    return operators.definitions(NAMESPACE, [*(spec.schema for spec in specs), *more])
 
 
 def library(spec: KernelSpec) -> build.Library:
@@ -70,14 +74,14 @@ def runtime() -> build.Library:
     name = "runtime.cpp"
     flags = torch_flags()
     unit = build.Unit(name, (build.HERE / name).read_text(encoding="utf-8"), flags=flags)
-    return build.Library("libmemcompile_runtime", (unit,), link=torch_link(), versions=_versions())
+    return build.Library("libmemcompile_runtime", (unit,), link=torch_link(), versions=versions())
 
 
 def definitions_library(specs: Iterable[KernelSpec]) -> build.Library:
     """A library of `definitions(specs)`, to be loaded where Python does not define them."""
     unit = build.Unit("definitions.cpp", definitions(specs), flags=torch_flags())
     return build.Library(
-        "libmemcompile_definitions", (unit,), link=torch_link(), versions=_versions()
+        "libmemcompile_definitions", (unit,), link=torch_link(), versions=versions()
     )
 
 
@@ -104,7 +108,8 @@ def torch_link() -> tuple[str, ...]:
     return (f"-L{home}", "-ltorch_cpu", "-lc10", "-Wl,--allow-shlib-undefined")
 
 
-def _versions() -> tuple[str, ...]:
+def versions() -> tuple[str, ...]:
+    """What a library that calls torch depends on beside its text."""
     return (torch.__version__, str(torch.version.git_version))
 
 

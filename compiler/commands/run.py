@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +13,15 @@ from ..arguments import BadInput, parse_ids
 from ..progress import doing, note
 from . import options
 from .files import end_tokens, read_stdin, read_text, tokenizer
+from .generation import generate
 from .output import show_json
 from .text_stream import TextStream, continue_text
 
 if TYPE_CHECKING:
-    from ...runtime.engine import Engine
+    from ...runtime.generate import Runner
+    from ...runtime.stats import Stats
+
+RUNTIMES = ("engine", "onnxruntime")
 
 
 @click.command()
@@ -36,6 +38,13 @@ if TYPE_CHECKING:
     default="policy",
     show_default=True,
     help="Read the new tokens through the policy, or every page.",
+)
+@click.option(
+    "--runtime",
+    type=options.Choice(RUNTIMES),
+    default=RUNTIMES[0],
+    show_default=True,
+    help="What runs it: our own engine, or the exported ONNX model under onnxruntime.",
 )
 @click.option("--temperature", type=float, metavar="T", help="Draw tokens at T. [default: greedy]")
 @click.option("--top-k", type=int, metavar="K", help="Draw from the K most probable.")
@@ -63,6 +72,7 @@ def run(
     ids: bool,
     max_new_tokens: int,
     read: str,
+    runtime: str,
     stop: tuple[str, ...],
     eos: tuple[str, ...],
     no_stream: bool,
@@ -78,12 +88,13 @@ def run(
     """
     from ...runtime.sampling import Sampling
     from ..manifest import manifest_path
-    from ..package import open_compiled
 
     drawn = {name: value for name, value in sampling.items() if value is not None}
     Sampling.of(**drawn)  # before anything slow
     if ids and stop:
         raise BadInput("--stop: is looked for in text, and --ids prints none")
+    if runtime != "engine" and kernels is not None:
+        raise BadInput(f"--kernels: are our engine's, and --runtime {runtime} runs none of them")
     if not all(stop):
         raise BadInput("--stop: give a text, not an empty one")
     ends = _ends(eos)
@@ -93,24 +104,50 @@ def run(
     tokens = parse_ids(text) if words is None else words.encode(text).ids
     if not tokens:
         raise BadInput("run: the prompt holds no token")
-    with doing("read"):
-        compiled = open_compiled(folder, kernels=kernels)
-    engine = compiled.engine()
-    if settings.kernels(kernels) != "off":
-        for reason in compiled.report.lowered.references:
-            note(f"not generated: {reason}")
+    runner: Runner
+    count: Callable[[], Stats] | None = None
+    if runtime == "engine":
+        runner, count = _engine(folder, kernels)
+    else:
+        runner = _onnx(folder, read)
     if ends is None:
         # What lies beside a model may name tokens that this one does not have.
-        ends = [end for end in end_tokens(folder, words) if end < engine.vocabulary]
+        ends = [end for end in end_tokens(folder, words) if end < runner.vocabulary]
     texts = None if words is None else TextStream(continue_text(words, tokens), stop)
     show = _nothing if no_stream or as_json else _show
-    made = _generate(engine, tokens, max_new_tokens, texts, ends, show, read=read, **drawn)
+    how: dict[str, Any] = {"read": read, **drawn}
+    made = generate(runner, count, tokens, max_new_tokens, texts, ends, show, **how)
     if as_json:
         show_json(made.to_json())
         return
     click.echo(made.shown if no_stream else "")
     if not quiet:
         click.echo(made.figures(), err=True)
+
+
+def _engine(folder: Path, kernels: str | None) -> tuple[Runner, Callable[[], Stats]]:
+    from ..package import open_compiled
+
+    with doing("read"):
+        compiled = open_compiled(folder, kernels=kernels)
+    engine = compiled.engine()
+    if settings.kernels(kernels) != "off":
+        for reason in compiled.report.lowered.references:
+            note(f"not generated: {reason}")
+    return engine, engine.stats
+
+
+def _onnx(folder: Path, read: str) -> Runner:
+    from ..export.onnx_session import PREFILL, open_session
+
+    with doing("read"):
+        session = open_session(folder)
+    if read == "dense" and not session.reads_densely:
+        raise BadInput(
+            f"--read dense: this engine was exported without {PREFILL}, a model that reads "
+            "densely; leave it out, or give --runtime engine"
+        )
+    return session
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
@@ -135,57 +172,6 @@ def _ends(eos: Sequence[str]) -> list[int] | None:
     return [int(word) for word in eos]
 
 
-@dataclass
-class Made:
-    """What was generated, and what that took.
-
-    Attributes:
-        prompt_tokens: tokens read before the first new one.
-        ids: the new tokens, the one that ended the text included.
-        text: of the tokens; None with --ids.
-        ended: "eos", "stop", or "length" where --max-new-tokens did.
-        prompt_seconds: until the first new token; `seconds`: from there to the last.
-        pages_read, pages_dense, bytes_read, bytes_dense: by all new tokens but the last, and what
-            dense reads for the same (see `runtime.engine.Stats`).
-    """
-
-    prompt_tokens: int
-    ids: list[int]
-    text: str | None
-    ended: str
-    prompt_seconds: float
-    seconds: float
-    pages_read: int
-    pages_dense: int
-    bytes_read: int
-    bytes_dense: int
-
-    @property
-    def shown(self) -> str:
-        return " ".join(map(str, self.ids)) if self.text is None else self.text
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """None where one token was generated: it is the prompt's."""
-        steps = len(self.ids) - 1
-        return steps / self.seconds if steps and self.seconds else None
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
-
-    def figures(self) -> str:
-        """One line for people."""
-        from ..report import bytes_of
-
-        rate = self.tokens_per_second
-        shown = "" if rate is None else f"{rate:.1f} tokens/s, "
-        return (
-            f"{self.prompt_tokens} tokens read in {self.prompt_seconds:.1f} s; {len(self.ids)} "
-            f"written, {shown}{self.pages_read} of {self.pages_dense} pages and "
-            f"{bytes_of(self.bytes_read)} of {bytes_of(self.bytes_dense)} read"
-        )
-
-
 def _show(text: str) -> None:
     if text:
         click.echo(text, nl=False)
@@ -193,67 +179,3 @@ def _show(text: str) -> None:
 
 def _nothing(text: str) -> None:
     pass
-
-
-def _generate(
-    engine: Engine,
-    tokens: list[int],
-    max_new_tokens: int,
-    texts: TextStream | None,
-    ends: list[int],
-    show: Callable[[str], None],
-    **how: Any,
-) -> Made:
-    """Generates one sequence, and shows each piece as it comes."""
-    import torch
-
-    # The last token written is not read again.
-    longest = len(tokens) + max_new_tokens - 1
-    if engine.limit is not None and longest > engine.limit:
-        raise BadInput(
-            f"run: a prompt of {len(tokens)} tokens and {max_new_tokens} new ones exceed the "
-            f"context of {engine.limit}; give a shorter prompt or fewer --max-new-tokens"
-        )
-    stream = engine.stream(torch.tensor([tokens]), max_new_tokens, eos=ends or None, **how)
-    started = time.perf_counter()
-    with doing(f"prompt of {len(tokens)} tokens"):
-        token = int(next(stream))
-    prompted = time.perf_counter()
-    before = replace(engine.stats())
-    new: list[int] = []
-    pieces: list[str] = []
-
-    def put(piece: str) -> None:
-        pieces.append(piece)
-        show(piece)
-
-    while True:
-        new.append(token)
-        if texts is None:
-            put(f" {token}" if pieces else str(token))
-        elif token not in ends:
-            put(texts.feed(token))
-        if texts is not None and texts.stopped:
-            break
-        following = next(stream, None)
-        if following is None:
-            break
-        token = int(following)
-    ended = time.perf_counter()
-    why = "eos" if token in ends else "length"
-    if texts is not None:
-        put(texts.rest())
-        why = "stop" if texts.stopped else why
-    after = engine.stats()
-    return Made(
-        len(tokens),
-        new,
-        None if texts is None else "".join(pieces),
-        why,
-        prompted - started,
-        ended - prompted,
-        after.pages_read - before.pages_read,
-        after.pages_dense - before.pages_dense,
-        after.bytes_read - before.bytes_read,
-        after.bytes_dense - before.bytes_dense,
-    )

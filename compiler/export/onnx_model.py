@@ -40,6 +40,7 @@ NODES: dict[str, str] = {
     "combine": "MemcCombine",
     "entering": "MemcEntering",
     "additive_state": "MemcState",
+    "page_records": "MemcPageRecords",
 }
 BATCH, COUNT, UNITS = "batch", "n", "units"
 # Sizes that the graph is traced with; they are symbols, so any would do.
@@ -75,7 +76,7 @@ def check_opset(opset: int) -> None:
         )
 
 
-def example(contract: Contract) -> tuple[list[Tensor], list[dict[int, Any]]]:
+def example(contract: Contract, device: torch.device) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Inputs of an engine by its contract, and which of their axes are symbols.
 
     Returns:
@@ -100,7 +101,13 @@ def example(contract: Contract) -> tuple[list[Tensor], list[dict[int, Any]]]:
             symbols[tensor.grows.axis] = times * dims[UNITS] if times > 1 else dims[UNITS]
         given.append(torch.zeros(shape, dtype=tensor.torch_dtype))
         axes.append(symbols)
-    return given, axes
+    return [tensor.to(device) for tensor in given], axes
+
+
+def device_of(graph: torch.nn.Module) -> torch.device:
+    """Where a graph's weights are."""
+    weights = [*graph.parameters(), *graph.buffers()]
+    return weights[0].device if weights else torch.device("cpu")
 
 
 def _dim_names(contract: Contract) -> dict[str, str]:
@@ -160,27 +167,41 @@ def onnx_model(
     """
     require_onnx()
     check_opset(opset)
+    given, axes = example(contract, device_of(graph))
+    model = exported(
+        graph,
+        given,
+        axes,
+        translation_table(translations),
+        opset,
+        input_names=contract.inputs,
+        output_names=contract.outputs,
+    )
+    clean(model)
+    return model
+
+
+def translation_table(
+    translations: Mapping[str, Translation] | None = None,
+) -> dict[Any, Translation]:
+    """What stands in the place of each operator of `models.portable`; see `onnx_model`."""
     table = {portable.operator(name): _as_node(name) for name in NODES}
     # Reads of several kinds of pages are merged by an operator that has no state to be rewritten.
     table[torch.ops.memcompile.combine.default] = _as_node("combine")
     for name, translation in (translations or {}).items():
         table[portable.operator(name)] = _checked(name, translation)
-    given, axes = example(contract)
-    model = exported(
-        graph,
-        given,
-        axes,
-        table,
-        opset,
-        input_names=contract.inputs,
-        output_names=contract.outputs,
-    )
+    return table
+
+
+def clean(model: ir.Model) -> None:
+    """Makes an exported model one that is handed on: folded, named, nothing of this machine."""
     transpose_weights(model)
     optimise(model)
     strip(model)
+    for node in model.graph:
+        model.opset_imports.setdefault(node.domain, 1)
     model.producer_name, model.producer_version = "memcompile", None
     model.graph.name = "step"
-    return model
 
 
 def exported(
@@ -268,7 +289,7 @@ def output_count(operator: torch._ops.OpOverload, given: Operands) -> int:
     if str(returns[0].type) != "List[Tensor]":
         return len(returns)
     renewed = sum(name.startswith("index_") for name in given.names)
-    if "keys" in given.names:
+    if "key" in given.names and "keys" in given.names:
         return 2 + renewed
     return renewed or 3 + ("norm" in given.names)  # fold; else out, lse, state and perhaps norm
 

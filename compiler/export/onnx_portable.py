@@ -7,15 +7,15 @@ the same step reading everything, on the same weights. Both have the contract of
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ...passes.contiguous_state import make_functional
-from .contract import Contract, contract_of, places_of, prefill_of
+from .contract import Contract, StateTensor, contract_of, places_of, prefill_of
 from .formats import Artefact, this_machine
 from .onnx_check import (
     can_run,
@@ -36,7 +36,7 @@ MAIN, PREFILL = "model.onnx", "prefill.onnx"
 def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     """Writes the format `onnx`; see `formats.emit_all`."""
     contract, graphs = functional_graphs(compiled)
-    refuse_bfloat16(contract, graphs[MAIN])
+    refuse_bfloat16(contract.state, graphs[MAIN])
     error = write_checked(folder, contract, graphs)
     notes = ["any onnxruntime runs it; only its CPU provider was tried"]
     if PREFILL in graphs:
@@ -46,8 +46,13 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     return Artefact("onnx", "onnx", MAIN, built(), tuple(notes))
 
 
-def functional_graphs(compiled: Compiled) -> tuple[Contract, dict[str, fx.GraphModule]]:
+def functional_graphs(
+    compiled: Compiled, delta: bool = False
+) -> tuple[Contract, dict[str, fx.GraphModule]]:
     """The contract of a compiled model, and the graphs to be exported by their files' names.
+
+    Args:
+        delta: as for `make_functional`.
 
     Raises:
         NotRewritten: a memory that needs a host, or has no portable form.
@@ -55,20 +60,20 @@ def functional_graphs(compiled: Compiled) -> tuple[Contract, dict[str, fx.GraphM
     program, step = compiled.program, compiled.step
     assert program is not None and step is not None
     sites = places_of(program)
-    graphs = {MAIN: make_functional(step.policy, sites, program.ragged)}
+    graphs = {MAIN: make_functional(step.policy, sites, program.ragged, delta)}
     dense = prefill_of(step, program)
     if dense is not None:
-        graphs[PREFILL] = make_functional(dense, sites, program.ragged)
+        graphs[PREFILL] = make_functional(dense, sites, program.ragged, delta)
     return contract_of(program, sites), graphs
 
 
-def refuse_bfloat16(contract: Contract, graph: torch.nn.Module) -> None:
+def refuse_bfloat16(state: Iterable[Tensor | StateTensor], graph: torch.nn.Module) -> None:
     """Refuses what onnxruntime has no kernels for on a CPU.
 
     Raises:
         ValueError: weights or state are bfloat16.
     """
-    held = [tensor.torch_dtype for tensor in contract.state]
+    held = [x.dtype if isinstance(x, Tensor) else x.torch_dtype for x in state]
     held += [x.dtype for x in (*graph.parameters(), *graph.buffers())]
     if torch.bfloat16 in held:
         raise ValueError(
@@ -85,12 +90,14 @@ def write_checked(
     *,
     opset: int = OPSET,
     translations: Mapping[str, Translation] | None = None,
+    opaque: Collection[str] = (),
 ) -> float | None:
     """Writes models and contract, and holds each to what it was made from.
 
     Args:
         graphs: by file name; they share their weights.
         opset, translations: as for `onnx_model`.
+        opaque: as for `check_answers`.
 
     Returns:
         The largest difference from eager as a part of the largest value; None where onnxruntime is
@@ -112,7 +119,7 @@ def write_checked(
     for name, graph in graphs.items():
         check_model(folder / name)
         if can_run():
-            worst = max(worst or 0.0, check_answers(folder / name, graph, contract))
+            worst = max(worst or 0.0, check_answers(folder / name, graph, contract, opaque))
     return worst
 
 

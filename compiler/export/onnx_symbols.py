@@ -598,6 +598,20 @@ def _stack(values: Sequence[Symbol]) -> Symbol:
     return first._new(made, shape=[len(apart), *values[0].shape])
 
 
+def _cat(values: Sequence[Symbol], dim: int) -> Symbol:
+    first = values[0]
+    axis = first._axis(dim)
+    made = first.recorder.op("Concat", *(x.value for x in values), axis=axis)
+    whole: Any = 0
+    for value in values:
+        whole = whole + value.shape[axis]
+    return first._new(made, shape=[*first.shape[:axis], whole, *first.shape[axis + 1 :]])
+
+
+def _softmax(of: Symbol, dim: int, **rest: Any) -> Symbol:
+    return of._new(of._op("Softmax", axis=of._axis(dim)))
+
+
 def _pad(of: Symbol, amounts: tuple[int, int], *, mode: str = "constant", value: Any) -> Symbol:
     if mode != "constant":
         raise TypeError(f"pad by {mode!r} has no form in ONNX here")
@@ -642,6 +656,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "pow": _pow,
     "tanh": lambda x: x._each("Tanh"),
     "stack": _stack,
+    "cat": _cat,
+    "softmax": _softmax,
     "pad": _pad,
     "full_like": _full_like,
     "ones_like": lambda x, dtype=None: _full_like(x, 1, dtype),

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .driver import Call
 
 
+LIBRARY = "libmemcompile_engine.so"  # of an engine with kernels: the one to load
+
+
 class CannotRun(Exception):
     """Why an engine does not run on this machine; no fault of the engine."""
 
@@ -54,7 +57,8 @@ def _onnx(path: Path, contract: Contract) -> Call:
 
 
 def _aoti(path: Path, contract: Contract) -> Call:
-    for library in sorted(path.parent.glob("*.so")):
+    library = path.parent / LIBRARY
+    if library.exists():
         torch.ops.load_library(library)
     model: Any = torch._inductor.aoti_load_package(str(path))
 
@@ -63,6 +67,16 @@ def _aoti(path: Path, contract: Contract) -> Call:
         return dict(zip(contract.outputs, _flat(made), strict=True))
 
     return call
+
+
+def _served(path: Path, contract: Contract) -> Call:
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        raise CannotRun("onnxruntime is not installed: pip install memcompile[onnx]") from None
+    from .triton_server import served_call
+
+    return served_call(path.parent / "1/model.onnx", contract)
 
 
 def _flat(made: Any) -> list[Tensor]:
@@ -74,4 +88,6 @@ RUNNERS: dict[str, Callable[[Path, Contract], Call]] = {
     "aoti-portable": _aoti,
     "onnx": _onnx,
     "onnx-ort": _onnx,
+    # The model that the server runs, not the server.
+    "triton-server": _served,
 }

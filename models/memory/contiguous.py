@@ -12,12 +12,14 @@ the others take turns in the rest, so that a state of fixed size holds the newes
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .levels import folded
-from .paged import NEGATIVE_INFINITY, combine, wide
+from .paged import NEGATIVE_INFINITY, wide
 from .parts import SCORE_FIELDS
 from .records import page_records
 
@@ -51,7 +53,7 @@ def pages_in(position: Tensor, lengths: Tensor, columns: int, size: int, pinned:
         return torch.where(column <= newest, column, -1)
     late = newest - torch.remainder(newest - column, columns - pinned)
     first = column < pinned
-    there = torch.where(first, column <= newest, late >= pinned)
+    there = (first & (column <= newest)) | (~first & (late >= pinned))
     return torch.where(there, torch.where(first, column, late), -1)
 
 
@@ -454,10 +456,10 @@ def attend(
         )  # fmt: skip
     logits = _logits(query, keys, bias, scale, softcap)
     visible = _visible(keys, pages, position, lengths, query.shape[2], window, size, slots, pinned)
-    weights, total, lse = _weights(logits, visible[:, :, None])
+    weights, seen, lse = _weights(torch.where(visible[:, :, None], logits, LOWEST))
     group, n = logits.shape[2:4]
     out = (weights.flatten(2, 3) @ values.to(weights.dtype)).unflatten(2, (group, n))
-    return (out / total).flatten(1, 2), lse.flatten(1, 2)
+    return torch.where(seen, out, 0).flatten(1, 2), lse.flatten(1, 2)
 
 
 def attend_page_lse(
@@ -476,13 +478,13 @@ def attend_page_lse(
     logits = _logits(query, keys, None, scale, softcap)
     visible = _visible(keys, None, position, lengths, query.shape[2], window, size, size, -1)
     visible = visible & (account >= 0).repeat_interleave(size, 2)[:, :, None]
-    weights, total, lse = _weights(logits, visible[:, :, None])
+    weights, seen, lse = _weights(torch.where(visible[:, :, None], logits, LOWEST))
     group, n = logits.shape[2:4]
     out = (weights.flatten(2, 3) @ values.to(weights.dtype)).unflatten(2, (group, n))
     by_page = torch.where(visible[:, :, None], logits, NEGATIVE_INFINITY).unflatten(4, (-1, size))
     peak = by_page.amax(-1).clamp_min(LOWEST)
     page_lse = (by_page - peak[..., None]).exp().sum(-1).log() + peak
-    return (out / total).flatten(1, 2), lse.flatten(1, 2), page_lse.flatten(1, 2)
+    return torch.where(seen, out, 0).flatten(1, 2), lse.flatten(1, 2), page_lse.flatten(1, 2)
 
 
 def summaries(
@@ -504,23 +506,35 @@ def summaries(
     Args:
         value_mean: [B, Hkv, columns, Dv]; log_count: [B, Hkv, columns, 1].
     """
-    exact = _attend_listed(
+    heads, n = keys.shape[1], query.shape[2]
+    exact, value = _listed(
         query, keys, values, None, pages, position, lengths, scale, softcap, 0, size, size, -1
     )
-    heads, n = keys.shape[1], query.shape[2]
-    logits = _capped(page_logits.unflatten(1, (heads, -1)) * scale, softcap)
-    logits = logits + log_count.to(logits.dtype).squeeze(-1)[:, :, None, None]
-    visible = _visible(
-        value_mean, pages, position, lengths, n, 0, size, 1, -1
-    )  # [B, Hkv, n, columns]
-    weights, total, lse = _weights(logits, visible[:, :, None])
-    rest = (weights.flatten(2, 3) @ value_mean.to(weights.dtype)).unflatten(
-        2, (logits.shape[2], n)
-    ) / total
-    return combine([exact[0], rest.flatten(1, 2)], [exact[1], lse.flatten(1, 2)])
+    rest = _capped(page_logits.unflatten(1, (heads, -1)) * scale, softcap)
+    rest = rest + log_count.to(rest.dtype).squeeze(-1)[:, :, None, None]
+    visible = _visible(value_mean, pages, position, lengths, n, 0, size, 1, -1)
+    # One softmax over both: [B, Hkv, n, G, S*size + columns].
+    rest = torch.where(visible[:, :, None], rest, LOWEST).transpose(2, 3)
+    weights, seen, lse = _weights(torch.cat([exact, rest], -1))
+    listed = exact.shape[-1]
+    by_page = weights[..., listed:].transpose(2, 3)  # [B, Hkv, G, n, columns]
+    out = weights[..., :listed] @ value
+    others = (by_page.flatten(2, 3) @ value_mean.to(weights.dtype)).unflatten(2, by_page.shape[2:4])
+    out = torch.where(seen, out + others.transpose(2, 3), 0)
+    return out.transpose(2, 3).flatten(1, 2), lse.transpose(2, 3).flatten(1, 2)
 
 
 def _attend_listed(
+    query: Tensor, keys: Tensor, values: Tensor, *given: Any
+) -> tuple[Tensor, Tensor]:
+    """`_listed`, read: out and lse."""
+    logits, value = _listed(query, keys, values, *given)
+    weights, seen, lse = _weights(logits)
+    out = torch.where(seen, weights @ value, 0)
+    return out.transpose(2, 3).flatten(1, 2), lse.transpose(2, 3).flatten(1, 2)
+
+
+def _listed(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -535,6 +549,8 @@ def _attend_listed(
     slots: int,
     pinned: int,
 ) -> tuple[Tensor, Tensor]:
+    """Logits of listed pages [B, Hkv, n, G, S*slots], LOWEST where nothing is seen, and their
+    values [B, Hkv, n, S*slots, Dv]."""
     heads = keys.shape[1]
     rows = query_rows(query, heads).transpose(2, 3)  # [B, Hkv, n, G, D]
     paged = [x.unflatten(2, (-1, slots)) for x in (keys, values)]
@@ -545,18 +561,17 @@ def _attend_listed(
     if bias is not None:
         added = rows_of(bias.unflatten(2, (-1, slots)), column).flatten(3)
         logits = logits + added[:, :, :, None].to(logits.dtype)
-    slot = iota(slots, query)
-    last = (pages[..., None] * slots + slot + 1) * (size // slots) - 1  # [B, Hkv, n, S, slots]
     token, live = standing(position, lengths, query.shape[2])
-    distance = token[:, None, :, None, None] - last
-    visible = (pages >= 0)[..., None] & live[:, None, :, None, None] & (distance >= 0)
+    there = (pages >= 0) & live[:, None, :, None]
     if pinned < 0:
-        visible = visible & (pages < columns)[..., None]
+        there = there & (pages < columns)
+    # Tokens of each page before the query's own; a slot is seen once its last token is.
+    before = torch.where(there, token[:, None, :, None] - pages * size, -1)[..., None]
+    last = (iota(slots, query) + 1) * (size // slots) - 1
+    visible = before >= last  # [B, Hkv, n, S, slots]
     if window:
-        visible = visible & (distance < window)
-    weights, total, lse = _weights(logits, visible.flatten(3)[:, :, :, None])
-    out = (weights @ value) / total
-    return out.transpose(2, 3).flatten(1, 2), lse.transpose(2, 3).flatten(1, 2)
+        visible = visible & (before - window < last)
+    return torch.where(visible.flatten(3)[:, :, :, None], logits, LOWEST), value
 
 
 def _logits(
@@ -587,33 +602,39 @@ def _visible(
 ) -> Tensor:
     """Which slots each row sees: bool [B, 1 or Hkv, n, columns * slots]."""
     columns = keys.shape[2] // slots
-    page = pages_in(position, lengths, columns, size, pinned)
-    slot = iota(slots, page)
-    last = (page[..., None] * slots + slot + 1) * (size // slots) - 1  # [B, columns, slots]
-    last = torch.where(page[..., None] >= 0, last, FAR).flatten(1)[:, None]
     token, live = standing(position, lengths, n)
-    distance = token[..., None] - last  # [B, n, columns * slots]
-    visible = (distance >= 0) & live[..., None]
+    if pinned < 0:
+        # Columns not yet written hold tokens to come.
+        last = (iota(keys.shape[2], position) + 1) * (size // slots) - 1
+    else:
+        page = pages_in(position, lengths, columns, size, pinned)
+        last = (page[..., None] * slots + iota(slots, page) + 1) * (size // slots) - 1
+        last = torch.where(page[..., None] >= 0, last, FAR).flatten(1)[:, None]
+    visible = (token[..., None] >= last) & live[..., None]  # [B, n, columns * slots]
     if window:
-        visible = visible & (distance < window)
+        visible = visible & (token[..., None] - window < last)
     visible = visible[:, None]
     if excluded is None:
         return visible
     at = columns_of(excluded.clamp_min(0), columns, pinned)
     at = at.masked_fill((excluded < 0) | (at >= columns), columns)
-    mark = page.new_zeros((*excluded.shape[:3], columns + 1), dtype=torch.float32)
+    mark = token.new_zeros((*excluded.shape[:3], columns + 1), dtype=torch.float32)
     mark = mark.scatter(3, at, torch.ones_like(at, dtype=mark.dtype))[..., :columns]
     return visible & (mark == 0).repeat_interleave(slots, 3)
 
 
-def _weights(logits: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(logit - peak), their sum (1 where nothing is seen) and the log-sum-exp (-inf there)."""
-    logits = torch.where(visible, logits, NEGATIVE_INFINITY)
-    peak = logits.amax(-1, keepdim=True).clamp_min(LOWEST)
-    weights = (logits - peak).exp()
-    total = weights.sum(-1, keepdim=True)
-    lse = (total.log() + peak).squeeze(-1)
-    return weights, torch.where(total == 0, 1.0, total), lse
+def _weights(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax of logits that are LOWEST where nothing is seen, whether a row sees anything, and the
+    log-sum-exp, -inf where it does not.
+
+    Runtimes have a softmax as one operator; what it divided by follows from its largest weight.
+    """
+    # Not -inf: a row of it alone has no softmax.
+    peak = logits.amax(-1, keepdim=True)
+    weights = torch.nn.functional.softmax(logits, dim=-1)
+    seen = peak > LOWEST
+    lse = torch.where(seen, peak - weights.amax(-1, keepdim=True).log(), NEGATIVE_INFINITY)
+    return weights, seen, lse.squeeze(-1)
 
 
 # --- accounts ---

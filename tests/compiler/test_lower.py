@@ -351,4 +351,4 @@ def test_linear_layers_with_16_bit_weights_stream_them() -> None:
         replaced = [n for n in lifted.graph.nodes if n.target is linear]
         assert len(replaced) == (13 if streams else 0)
         assert all(len(n.args) == 3 for n in replaced)
-        assert all(w.dtype == dtype for w in weights)
+        assert all(w.dtype == dtype for w in weights.values())

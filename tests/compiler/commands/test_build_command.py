@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -201,6 +200,9 @@ def test_a_refused_model_can_have_its_report(say: Any, without_attention: Path) 
         said = say(command[0], folder, *command[1:])
         assert said.code == 2
         assert "refused: holds no engine: the model was refused; report.html in it" in said.err
+    pytest.importorskip("triton")
+    said = say(*asked[:2], "--target", "cuda:sm_90", "--dry-run")
+    assert said.code == 0 and "no kernels were compiled: nothing was rewritten" in said.out
     kept = say(*asked)
     assert kept.code == 2 and "already exists and is kept; give --force" in kept.err
     assert say(*asked, "--force").code == 0
@@ -277,8 +279,8 @@ def test_a_signal_leaves_nothing_half_done(
     fill, rename, count = package._fill, Path.rename, 0
 
     def interrupt() -> None:
-        os.kill(os.getpid(), number)
-        time.sleep(5)  # the signal is on its way
+        signal.raise_signal(number)  # to this thread: another's would not end its sleep
+        time.sleep(5)
 
     def filled(*arguments: Any) -> None:
         fill(*arguments)

@@ -19,6 +19,7 @@ import memcompile
 from memcompile.compiler.export import onnx_portable
 from memcompile.compiler.export.contract import Contract, StateTensor, read_contract
 from memcompile.compiler.export.verify import Trace, trace
+from memcompile.compiler.package import write
 from memcompile.compiler.pipeline import Compiled, build
 
 np = pytest.importorskip("numpy")
@@ -348,10 +349,19 @@ def test_a_model_that_onnx_refuses(folder: Path, tmp_path: Path) -> None:
         onnx_check.check_model(tmp_path / "model.onnx")
 
 
-def test_bfloat16_is_refused(tmp_path: Path) -> None:
-    compiled = build(llama(torch.bfloat16), "dense", kernels="off", check=False)
-    with pytest.raises(ValueError, match="bfloat16, for which onnxruntime has no kernels on CPUs"):
-        onnx_portable.emit(tmp_path, compiled, None)
+def test_bfloat16_is_refused() -> None:
+    message = "bfloat16, for which onnxruntime has no kernels on CPUs; convert it with --dtype"
+    with pytest.raises(ValueError, match=message):
+        onnx_portable.refuse_bfloat16(CONTRACT, Counter().to(torch.bfloat16))
+    onnx_portable.refuse_bfloat16(CONTRACT, Counter().to(torch.float16))
+
+
+@pytest.mark.long
+def test_a_bfloat16_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the model is bfloat16"):
+        memcompile.export(
+            llama(torch.bfloat16), tmp_path / "out", ["onnx"], "dense", kernels="off", check=False
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -371,7 +381,7 @@ def test_opsets_that_come_out_broken_are_refused(opset: int, tmp_path: Path) -> 
 
 
 def test_an_export_that_is_killed_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(folder: Path, *rest: Any, **options: Any) -> None:
         (folder / "model.onnx").write_text("half")
@@ -379,7 +389,7 @@ def test_an_export_that_is_killed_leaves_nothing(
 
     monkeypatch.setattr(onnx_portable, "write_checked", killed)
     with pytest.raises(KeyboardInterrupt):
-        memcompile.export(llama(), tmp_path / "out", ["onnx"], "dense", kernels="off", check=False)
+        write(tmp_path / "out", compiled, emit=["onnx"])
     assert not list(tmp_path.iterdir())
 
 
