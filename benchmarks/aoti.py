@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def run(settings: Settings) -> Outcome:
 def at_context(
     compiled: Compiled,
     contract: Contract,
-    package: inductor.Run,
+    package: Callable[[list[Tensor]], list[Tensor]],
     name: str,
     tokens: int,
     weights: int,

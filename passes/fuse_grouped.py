@@ -71,7 +71,7 @@ def _why_not(read: fx.Node, refused: Mapping[str, str]) -> str:
     others = [
         user
         for i in (0, 1)
-        for user in _users(append, i)
+        for user in _users(append, i)  # type: ignore[arg-type]
         if user is not read and user.op != "output"
     ]
     if others:

@@ -79,7 +79,8 @@ def any_size() -> AbstractContextManager[Any]:
     """While it lasts, no size is compared with one to find what is broadcast."""
     from torch.fx.experimental import _config
 
-    held: AbstractContextManager[Any] = _config.patch(backed_size_oblivious=True)
+    held: AbstractContextManager[Any]
+    held = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     return held
 
 
@@ -154,7 +155,7 @@ def compile_package(traced: Traced, package: Path) -> None:
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner, get_cpp_wrapper_config
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
     from torch._inductor.virtualized import V
     from torch.utils import _pytree as pytree
 
@@ -184,7 +185,8 @@ def compile_package(traced: Traced, package: Path) -> None:
             tracing(TracingContext(traced.mode)),
             torch.no_grad(),
         ):
-            files = compile_fx_inner(module, inputs, cpp_wrapper=True).filename
+            made: Any = compile_fx_inner(module, inputs, cpp_wrapper=True)
+        files: list[Any] = made.filename
         check_sizes(traced)
         _forget_machine(files)
         package_aoti(str(package), files)

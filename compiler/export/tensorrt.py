@@ -23,7 +23,7 @@ from ...models import portable
 from . import tensorrt_build
 from .contract import Contract
 from .formats import Artefact, this_machine
-from .onnx_model import example
+from .onnx_model import device_of, example
 from .onnx_portable import MAIN, PREFILL, built, functional_graphs
 from .plugin_folder import write_plugins
 from .tensorrt_build import flags, input_shapes, models_of, sizes_for
@@ -98,7 +98,7 @@ def write_engines(folder: Path, compiled: Compiled) -> Artefact:
 
 def standard_program(graph: fx.GraphModule, contract: Contract) -> ExportedProgram:
     """The graph in operators that torch-tensorrt converts, sizes symbolic."""
-    given, axes = example(contract)
+    given, axes = example(contract, device_of(graph))
     program = torch.export.export(graph, tuple(given), dynamic_shapes=tuple(axes))
     texts = {
         **torch.export.default_decompositions(),
