@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,13 +178,15 @@ def _names(form: str, sites: int) -> list[str]:
 def genai_config(program: Program, compiled: Compiled, source: Path | None) -> dict[str, Any]:
     """What genai is told of the model: names, sizes, which tokens end a text."""
     layout, sites = program.layouts[0], compiled.sites
-    context = program.max_context or program.limit or DEFAULT_CAPACITY
+    told = _told(source)
+    length = told.get("max_position_embeddings")
+    context = program.max_context or program.limit or length or DEFAULT_CAPACITY
     multiple = _multiple(program.layouts)
     model = {
         "type": "decoder",
         "vocab_size": program.vocabulary,
         "context_length": context,
-        **_special(source),
+        **_special(told),
         "decoder": {
             "session_options": {"provider_options": []},
             "filename": MAIN,
@@ -214,16 +216,23 @@ def genai_config(program: Program, compiled: Compiled, source: Path | None) -> d
     return {"model": model, "search": search}
 
 
-def _special(source: Path | None) -> dict[str, Any]:
-    """Tokens that begin, end and pad a text, where the model's folder names them."""
+def _told(source: Path | None) -> dict[str, Any]:
+    """What the files beside a model say of it; those of generation come after its own."""
     found: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         path = None if source is None else source / name
         if path is not None and path.is_file():
             data = json.loads(path.read_text(encoding="utf-8"))
-            found |= {key: value for key in SPECIAL if (value := data.get(key)) is not None}
+            found |= {key: value for key, value in data.items() if value is not None}
+    return found
+
+
+def _special(told: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokens that begin, end and pad a text, as far as there are any."""
+    found = {key: told[key] for key in SPECIAL if key in told}
     end = found.setdefault("eos_token_id", [])  # none: a text is as long as it may be
     ends = end if isinstance(end, list) else [end]
     if ends:
+        # genai takes it for padding wherever it stands in a prompt: none but an end will do.
         found.setdefault("pad_token_id", ends[0])
     return found

@@ -46,6 +46,8 @@ BATCH, COUNT, UNITS = "batch", "n", "units"
 # Sizes that the graph is traced with; they are symbols, so any would do.
 _TRACED = {BATCH: 3, COUNT: 5, UNITS: 4}
 
+CPU = torch.device("cpu")
+
 # Gives the outputs of a node, as the exporter's translations do.
 Translation = Callable[..., Any]
 
@@ -76,7 +78,9 @@ def check_opset(opset: int) -> None:
         )
 
 
-def example(contract: Contract, device: torch.device) -> tuple[list[Tensor], list[dict[int, Any]]]:
+def example(
+    contract: Contract, device: torch.device = CPU
+) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Inputs of an engine by its contract, and which of their axes are symbols.
 
     Returns:
@@ -107,7 +111,7 @@ def example(contract: Contract, device: torch.device) -> tuple[list[Tensor], lis
 def device_of(graph: torch.nn.Module) -> torch.device:
     """Where a graph's weights are."""
     weights = [*graph.parameters(), *graph.buffers()]
-    return weights[0].device if weights else torch.device("cpu")
+    return weights[0].device if weights else CPU
 
 
 def _dim_names(contract: Contract) -> dict[str, str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,7 @@ def needed(
     found: dict[KernelSpec, Needed] = {}
     missing: dict[str, None] = {}
     once = {id(graph): graph for graph in graphs.values()}
-    example = functools.partial(example_state, layouts, device)
+    example = partial(example_state, layouts, device)
     traced = {key: trace(graph, example, None) for key, graph in once.items()}
     for name, graph in graphs.items():
         for _, _, spec, given in memory_calls({name: traced[id(graph)]}):

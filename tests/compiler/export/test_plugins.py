@@ -302,6 +302,8 @@ def test_nodes_have_names_of_their_own_then(folder: Path) -> None:
     assert kinds == [node.operator + node.overload for node in NODES]
     assert not any(node.overload for node in written.graph.node)
     assert [function.name for function in written.functions] == kinds
+    ahead = [n.op_type for n in written.graph.node if "aot" in [a.name for a in n.attribute]]
+    assert sorted(ahead) == sorted(MADE)
 
 
 def test_what_cannot_be_a_plugin_is_left_with_a_reason(folder: Path) -> None:

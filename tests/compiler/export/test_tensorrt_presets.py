@@ -127,7 +127,7 @@ finally:
 def test_a_recipe_builds_by_itself(recipe: Path, tmp_path: Path, rtx: bool) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    for path in recipe.iterdir():
+    for path in filter(Path.is_file, recipe.iterdir()):
         (folder / path.name).write_bytes(path.read_bytes())
     sizes = ["--batch", "2", "--call", "16", "--capacity", "256"]
     named = ["--rtx", "--capabilities", "SM80,SM120"] if rtx else []
@@ -150,6 +150,26 @@ def test_a_recipe_holds_both_kinds_of_model(recipe: Path) -> None:
         assert nodes.functions and "memcompile" in {node.domain for node in nodes.graph.node}
         assert "NonZero" not in {node.op_type for node in inlined.graph.node}
     assert "--onnx=prefill.onnx" in (recipe / "build.sh").read_text()
+
+
+@pytest.mark.parametrize("name", ["model", "prefill"])
+def test_nodes_without_a_plugin_are_built_from_their_bodies(recipe: Path, name: str) -> None:
+    told = json.loads((recipe / "state.json").read_text())
+    shapes = tensorrt_build.input_shapes(told, tensorrt_build.sizes_for(told))
+    assert tensorrt_build.build(RTX, recipe / f"{name}.nodes.onnx", shapes, ["SM80"])
+
+
+def test_a_recipe_has_plugins_for_the_nodes_that_can_be_one(recipe: Path) -> None:
+    pytest.importorskip("triton")
+    index = json.loads((recipe / "plugins" / "plugins.json").read_text())
+    made = {entry["name"] for entry in index["made"]}
+    assert made == {"MemcAttend", "MemcScoreSelectLogits", "MemcSummaries"}
+    assert [*index["left"]] == ["MemcAppendIndex"]
+    module = (recipe / "plugins" / "plugin.py").read_text()
+    compile(module, "plugin.py", "exec")
+    for target in tensorrt.TARGETS:
+        files = [*(recipe / "plugins").glob(f"*.{target.replace(':', '-')}.ptx")]
+        assert files and all(path.name in module for path in files)
 
 
 def test_a_node_that_tensorrt_does_not_take_is_named(recipe: Path, tmp_path: Path) -> None:
