@@ -99,7 +99,7 @@ class Exported:
 
 def exported(name: str, shape: Shape, folder: Path, settings: Settings) -> Exported:
     """OneAttention under a scout, exported as ONNX: what `--emit onnx` writes."""
-    options = {"page_size": shape.page_size, "dense_layers": 0}
+    options: dict[str, Any] = {"page_size": shape.page_size, "dense_layers": 0}
     options |= SMALL[name] if settings.quick else SCOUTS[name]
     torch.manual_seed(0)
     model = OneAttention(shape).eval()

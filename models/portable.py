@@ -169,7 +169,8 @@ def _grouped_shapes(
     values: Tensor, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     out, _ = _attend_shapes(query, keys, values)
-    return (out, *_like([keys, values]))
+    new_keys, new_values = _like([keys, values])
+    return out, new_keys, new_values
 
 
 def _page_records_shapes(
