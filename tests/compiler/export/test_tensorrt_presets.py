@@ -61,7 +61,6 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"window": 16, "page_size": 8, "state_layers": (0,), "decay": "gate"},
     ),
 }
-READS_ALL_OF_ITS_PROMPT = {"dense", "window", "hierarchical-forgets", "heavy-hitter"}
 
 
 def llama(dtype: torch.dtype) -> torch.nn.Module:
