@@ -71,7 +71,7 @@ def _why_not(read: fx.Node, refused: Mapping[str, str]) -> str:
     others = [
         user
         for i in (0, 1)
-        for user in _users(append, i)  # type: ignore[arg-type]
+        for user in _users(append, i)
         if user is not read and user.op != "output"
     ]
     if others:
@@ -113,7 +113,7 @@ def _fuse(graph: fx.Graph, read: fx.Node) -> None:
                 portable.operator("page_records"),
                 (key, position, lengths, *new, index, fields, size, pinned, record_pinned),
             )
-            count = len(fields)  # type: ignore[arg-type]
+            count = len(fields)
             new += [graph.call_function(operator.getitem, (records, i)) for i in range(count)]
     for got in list(append.users):
         got.replace_all_uses_with(new[got.args[1]])  # type: ignore[index]
