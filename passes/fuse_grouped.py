@@ -113,7 +113,7 @@ def _fuse(graph: fx.Graph, read: fx.Node) -> None:
                 portable.operator("page_records"),
                 (key, position, lengths, *new, index, fields, size, pinned, record_pinned),
             )
-            count = len(fields)
+            count = len(fields)  # type: ignore[arg-type]
             new += [graph.call_function(operator.getitem, (records, i)) for i in range(count)]
     for got in list(append.users):
         got.replace_all_uses_with(new[got.args[1]])  # type: ignore[index]
