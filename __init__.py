@@ -95,6 +95,7 @@ def export(
     formats: Sequence[str],
     policy: Policy | str | PathLike[str] = "scout",
     *,
+    targets: Sequence[str] = (),
     force: bool = False,
     **options: Any,
 ) -> Path:
@@ -105,6 +106,8 @@ def export(
         formats: "aoti", "aoti-portable", "onnx", "onnx-ort", "onnx-genai", "tensorrt",
             "tensorrt-rtx", "triton-server"; each becomes a folder in `out`, with the `state.json`
             that says how it is driven. See docs/shipping.md.
+        targets: GPUs, which need not be there, whose kernels are compiled into the folder:
+            "cuda:sm_90", "hip:gfx942", … See docs/kernels.md.
         force: replace `out` if memcompile wrote it.
         options: as for `compile`.
 
@@ -119,7 +122,7 @@ def export(
     """
     from .compiler.export.export import export
 
-    return export(model, out, formats, policy, force=force, **options)
+    return export(model, out, formats, policy, targets=targets, force=force, **options)
 
 
 def policies() -> list[str]:

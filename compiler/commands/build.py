@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import click
@@ -80,7 +79,7 @@ def build(
 
     if targets is not None:
         from ...codegen.triton.workers import check_compiler
-        from ..export.targets import compile_targets, figures, parse_targets
+        from ..export.targets import add_targets, parse_targets
 
         chosen_targets = parse_targets(targets)
         check_compiler()
@@ -100,11 +99,8 @@ def build(
     if targets is not None and refused:
         report.notes.append("no kernels were compiled: nothing was rewritten")
     elif targets is not None:
-        started = time.perf_counter()
         required = kernels_setting(kernels) == "required"
-        binaries = compile_targets(compiled, chosen_targets, required=required)
-        report.lowered.targets = figures(binaries)
-        report.timings["targets"] = time.perf_counter() - started
+        binaries = add_targets(compiled, chosen_targets, required=required)
     if not dry_run:
         with doing("write"):
             if refused:

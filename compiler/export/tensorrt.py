@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 NODES = ".nodes.onnx"
 PLUGINS = "plugins"
-# Where a recipe's plug-ins have kernels for; each is compiled to PTX, which newer GPUs take too.
+# What a recipe's plug-ins have kernels for; PTX of sm_90 and later is for that architecture alone.
 TARGETS = ("cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "cuda:sm_120")
 
 

@@ -427,3 +427,16 @@ def command_of(pid: str) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def test_targets_from_python(tmp_path: Path) -> None:
+    import memcompile
+
+    model, out = Decoder().eval(), tmp_path / "out"
+    with pytest.raises(ValueError, match="unknown target 'cuda:sm_91'"):
+        memcompile.export(model, out, [], targets=["cuda:sm_91"])
+    options: dict[str, Any] = {"kernels": "off", "check": False}
+    assert memcompile.export(model, out, [], "dense", targets=TARGETS[:1], **options) == out
+    index = json.loads((out / "kernels/cuda-sm_80/kernels.json").read_text())
+    assert index["target"] == TARGETS[0] and index["kernels"]
+    assert "targets" in json.loads((out / "report.json").read_text())["timings"]

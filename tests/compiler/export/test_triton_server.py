@@ -15,9 +15,9 @@ import pytest
 import torch
 import transformers
 from google.protobuf import text_format
+from server_case import Model, own_schema, read_config, serve
 from tolerance import assert_close_to_float64
 from torch import Tensor
-from triton_case import Model, own_schema, read_config, serve
 
 import memcompile
 from memcompile.compiler.export import triton_server
