@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiler.export import aoti, inductor
-from ..compiler.export.contract import Contract, read_contract
-from ..compiler.pipeline import Compiled, build
+from .. import compile as compile_model
+from .. import export
 from ..runtime import huge_pages
+from ..runtime.engine import Engine
 from . import bandwidth
 from .decode import LLAMA, SMALL, llama, ours, weight_bytes
 from .registry import Column, Outcome, Settings, figure
@@ -55,22 +56,31 @@ def run(settings: Settings) -> Outcome:
     probes = bandwidth.probes(settings.cache)
     rows = []
     for name, options in policies.items():
-        compiled = build(model, name, max_context=max(contexts), kernels="required", **options)
+        options = {**options, "max_context": max(contexts), "check": False}
+        engine = compile_model(model, name, kernels="required", **options)
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            aoti.emit(folder, compiled, None)
-            package = inductor.load(folder / inductor.PACKAGE, {})
-            contract = read_contract(folder)
+            out = Path(scratch) / "out"
+            export(model, out, ["aoti"], name, kernels="off", **options)
+            package = load(out / "aoti")
+            contract = json.loads((out / "aoti" / "state.json").read_text(encoding="utf-8"))
             rows += [
-                at_context(compiled, contract, package, name, tokens, weights, settings, probes)
+                at_context(engine, contract, package, name, tokens, weights, settings, probes)
                 for tokens in contexts
             ]
     return Outcome(rows, COLUMNS, bars(rows), {"llama": config, "policies": policies})
 
 
+def load(folder: Path) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The package in a folder, as a runtime has it: without a tree of arguments."""
+    torch.ops.load_library(folder / "libmemcompile_engine.so")
+    model = torch._inductor.aoti_load_package(str(folder / "engine.pt2"))
+    run: Callable[[list[Tensor]], list[Tensor]] = model.loader.run
+    return run
+
+
 def at_context(
-    compiled: Compiled,
-    contract: Contract,
+    engine: Engine,
+    contract: dict[str, Any],
     package: Callable[[list[Tensor]], list[Tensor]],
     name: str,
     tokens: int,
@@ -79,21 +89,21 @@ def at_context(
     probes: list[Contender],
 ) -> dict[str, Any]:
     """Both at one context."""
-    mine, engine = ours(compiled.engine(), "engine", tokens, weights)
-    vocabulary = contract.vocabulary
-    asked = [torch.full((1, 1), 7 * i % vocabulary) for i in range(TOKENS)]
+    mine, held = ours(engine, "engine", tokens, weights)
+    asked = [torch.full((1, 1), 7 * i % contract["vocabulary"]) for i in range(TOKENS)]
     one = torch.ones(1, dtype=torch.int32)
-    first = [torch.full((1,), tokens - 1, dtype=torch.int32), *([one] if contract.lengths else [])]
+    first = [
+        torch.full((1,), tokens - 1, dtype=torch.int32),
+        *([one] if contract["lengths"] else []),
+    ]
     state = memory(contract, tokens)
     contenders = [
-        Contender(
-            "engine", lambda i: engine(asked[i]), TOKENS, mine.floor, lambda _: engine.rewind(1)
-        ),
+        Contender("engine", lambda i: held(asked[i]), TOKENS, mine.floor, lambda _: held.rewind(1)),
         Contender("package", lambda i: package([asked[i], *first, *state]), TOKENS, mine.floor),
     ]
     timings = measure([*contenders, *probes], settings.rounds)
     speed = bandwidth.bandwidths(timings, {probe.name: probe.floor for probe in probes})
-    engine.reset()
+    held.reset()
     medians = {each.name: timings[each.name].median for each in contenders}
     return {
         "policy": name,
@@ -107,17 +117,17 @@ def at_context(
     }
 
 
-def memory(contract: Contract, tokens: int) -> list[Tensor]:
+def memory(contract: dict[str, Any], tokens: int) -> list[Tensor]:
     """State of random tokens for one sequence, from memory as an engine's: 2 MB pages."""
     made = []
-    for tensor in contract.state:
-        shape = [*tensor.shape]
-        if tensor.grows is not None:
-            assert contract.capacity is not None
-            multiple = contract.capacity.multiple
-            shape[tensor.grows.axis] = -(-tokens // multiple) * multiple // tensor.grows.tokens
-        held = huge_pages.zeros(tuple(shape), tensor.torch_dtype, torch.device("cpu"))
-        made.append(held.normal_().abs_())
+    for tensor in contract["state"]:
+        shape = [*tensor["shape"]]
+        if tensor["grows"] is not None:
+            multiple = contract["capacity"]["multiple"]
+            room = -(-tokens // multiple) * multiple
+            shape[tensor["grows"]["axis"]] = room // tensor["grows"]["tokens"]
+        dtype = getattr(torch, tensor["dtype"])
+        made.append(huge_pages.zeros(tuple(shape), dtype, torch.device("cpu")).normal_().abs_())
     return made
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ...codegen.cpp import ship
 from ...codegen.spec import KernelSpec
 from ...passes.contiguous_state import make_paged
@@ -34,9 +32,10 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     program, step = compiled.program, compiled.step
     assert program is not None and step is not None
     device = program.device
+    why = inductor.elsewhere(device)
+    if why:
+        raise RuntimeError(f"aoti: {why}")
     why = uncovered(program.layouts)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        why = f"the model is on {device}, and there is no GPU here, for which its kernels are made"
     if why:
         raise RuntimeError(f"aoti: {why}; {PORTABLE}")
     sites = places_of(program)
@@ -55,13 +54,12 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
         if device.type == "cuda":
             traced = launched(traced, found)
         inductor.compile_package(traced, folder / name)
-        engine = inductor.load(folder / name, traced.weights)
-        against_graph.check(contract, sites, engine, inductor.eager(paged), f"aoti/{name}")
+        engine = inductor.on(device, inductor.load(folder / name, traced.weights))
+        eager = inductor.on(device, inductor.eager(paged))
+        against_graph.check(contract, sites, engine, eager, f"aoti/{name}")
     contract.write(folder)
-    notes = inductor.notes(folder)
-    if device.type == "cuda":
-        notes.append("its Triton kernels are inside; unverified on GPU")
-    else:
+    notes = inductor.notes(folder, device)
+    if device.type == "cpu":
         library = ship.ship(specs, linear is not None, folder)
         notes.insert(0, f"load {library.name} first; it brings the libraries that lie beside it")
     return Artefact("aoti", folder.name, inductor.PACKAGE, this_machine(), tuple(notes))

@@ -26,22 +26,21 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     """
     program, step = compiled.program, compiled.step
     assert program is not None and step is not None
-    if program.device.type != "cpu":
-        raise RuntimeError(
-            f"aoti-portable: the model is on {program.device}; engines are exported for CPUs alone "
-            "as yet: move it there with model.cpu()"
-        )
+    device = program.device
+    why = inductor.elsewhere(device)
+    if why:
+        raise RuntimeError(f"aoti-portable: {why}")
     sites = places_of(program)
     contract = contract_of(program, sites).in_place()
     for name, graph in inductor.graphs(step, program).items():
         flat = in_place(make_functional(graph, sites, program.ragged), contract)
-        traced = inductor.trace_flat(flat, contract, program.device)
+        traced = inductor.trace_flat(flat, contract, device)
         inductor.compile_package(traced, folder / name)
-        engine = inductor.load(folder / name, traced.weights)
-        what = f"aoti-portable/{name}"
-        against_graph.check(contract, sites, engine, inductor.eager(flat), what)
+        engine = inductor.on(device, inductor.load(folder / name, traced.weights))
+        eager = inductor.on(device, inductor.eager(flat))
+        against_graph.check(contract, sites, engine, eager, f"aoti-portable/{name}")
     contract.write(folder)
-    notes = ("needs torch alone", *inductor.notes(folder))
+    notes = ("needs torch alone", *inductor.notes(folder, device))
     return Artefact("aoti-portable", folder.name, inductor.PACKAGE, this_machine(), notes)
 
 

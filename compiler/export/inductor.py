@@ -28,10 +28,10 @@ from .contract import Contract, prefill_of
 
 PACKAGE = "engine.pt2"
 PREFILL = "prefill.pt2"
-# Any x86 machine of the last ten years, not this one; our kernels choose for themselves.
-_SIZES = (2, 3, 4, 5, 8, 12, 64, 1000)
 X86 = ("x86_64", "amd64")
+# Any x86 machine of the last ten years, not this one; our kernels choose for themselves.
 BASELINE = {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
+_SIZES = (2, 3, 4, 5, 8, 12, 64, 1000)  # that conditions on sizes are tried with
 
 
 def example(contract: Contract, device: torch.device) -> Callable[[Any], list[Tensor]]:
@@ -143,6 +143,31 @@ def eager(graph: fx.GraphModule) -> Run:
     return lambda inputs: [*graph(*inputs)]
 
 
+def on(device: torch.device, run: Run) -> Run:
+    """A function of tensors on a device as one of tensors on the CPU, written in place there."""
+    if device.type == "cpu":
+        return run
+
+    def moved(inputs: list[Tensor]) -> list[Tensor]:
+        there = [tensor.to(device) for tensor in inputs]
+        made = [tensor.cpu() for tensor in run(there)]
+        for tensor, written in zip(inputs, there, strict=True):
+            tensor.copy_(written)
+        return made
+
+    return moved
+
+
+def elsewhere(device: torch.device) -> str:
+    """Why nothing can be compiled for a device on this machine, or nothing."""
+    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available()):
+        return ""
+    return (
+        f"the model is on {device}, and there is none here, which its code has to be compiled on; "
+        "move it to the CPU with model.cpu(), or export where the device is"
+    )
+
+
 def compile_package(traced: Traced, package: Path) -> None:
     """Compiles a traced step and writes its package.
 
@@ -228,10 +253,12 @@ def load(package: Path, weights: Mapping[str, Tensor]) -> Run:
     return run
 
 
-def notes(folder: Path) -> list[str]:
+def notes(folder: Path, device: torch.device) -> list[str]:
     """What the user of the packages in a folder has to know."""
     said = ["the state is updated in place; every input is contiguous"]
-    if platform.machine().lower() in X86:
+    if device.type != "cpu":
+        said.append("its kernels are inside; unverified on GPU")
+    elif platform.machine().lower() in X86:
         said.append("made for x86-64 with AVX2")
     if (folder / PREFILL).exists():
         said.append(

@@ -14,7 +14,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._library.triton import get_triton_kernels_for_op
 
 from memcompile.codegen import triton
-from memcompile.compiler.export import aoti, inductor
+from memcompile.compiler.export import aoti, aoti_portable, inductor
 from memcompile.compiler.export.contract import contract_of, places_of
 from memcompile.compiler.export.launched import launched
 from memcompile.compiler.lower import Traced, memory_calls
@@ -93,11 +93,15 @@ def test_torch_export_keeps_the_operator() -> None:
     assert operator in {node.target for node in program.graph.nodes}
 
 
-def test_a_gpu_engine_needs_a_gpu(tmp_path: Any) -> None:
+@pytest.mark.parametrize("form", ["aoti", "aoti-portable"])
+def test_a_gpu_engine_needs_a_gpu(form: str, tmp_path: Any) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     compiled = build(llama(), "dense", kernels="off", check=False)
     assert compiled.program is not None
     compiled.program = replace(compiled.program, device=torch.device("cuda"))
-    with pytest.raises(RuntimeError, match=r"aoti: the model is on cuda, and there is no GPU here"):
-        aoti.emit(tmp_path, compiled, None)
+    emit = aoti.emit if form == "aoti" else aoti_portable.emit
+    with pytest.raises(
+        RuntimeError, match=rf"{form}: the model is on cuda, and there is none here"
+    ):
+        emit(tmp_path, compiled, None)
