@@ -31,18 +31,17 @@ if TYPE_CHECKING:
     from ..pipeline import Compiled
 
 GROUPED = "GroupQueryAttention"
+NEEDS = "1.32"  # the first whose operator is told of padding
 
 
 def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     """Writes the format `onnx-ort`; see `formats.emit_all`."""
     assert compiled.program is not None
     contract, graphs = functional_graphs(compiled, delta=True)
-    refuse_bfloat16(contract.state, graphs[MAIN])
+    refuse_bfloat16(contract, graphs[MAIN])
     notes, opaque = fuse(graphs, compiled.program.layouts)
     error = write_checked(folder, contract, graphs, translations=TRANSLATIONS, opaque=opaque)
-    notes.insert(
-        0, "needs onnxruntime: some of its operators are no other's; tried on its CPU provider"
-    )
+    notes.insert(0, f"needs onnxruntime {NEEDS} or later; tried on its CPU provider alone")
     if PREFILL in graphs:
         notes.append(f"feed prompts to {PREFILL}, which reads everything, the rest to {MAIN}")
     if error is None:

@@ -137,3 +137,14 @@ def test_a_graph_for_some_sizes_alone_is_refused() -> None:
     graph.output(graph.call_function(fixed, (tokens, position)))
     with pytest.raises(RuntimeError, match=r"traced for some sizes alone: .*report this model"):
         inductor.trace_flat(fx.GraphModule({}, graph), contract, torch.device("cpu"))
+
+
+def test_conditions_on_sizes() -> None:
+    """Sizes that are not one are all that a package may ask for: it is called with ones as well."""
+    import sympy
+
+    batch, rows = sympy.symbols("batch rows", integer=True, positive=True)
+    for guard in (sympy.Ne(rows, 1), batch * rows > 1, rows < batch * rows, sympy.Ge(batch, 2)):
+        assert inductor._not_one(guard), guard
+    for guard in (sympy.Ne(batch, 4), rows // 8 < 2, sympy.Eq(batch * rows, 6), batch < rows):
+        assert not inductor._not_one(guard), guard

@@ -18,6 +18,7 @@ from memcompile.passes.result import NotRewritten
 pytest.importorskip("onnxscript")
 
 CONFIG = {"eos_token_id": 3, "bos_token_id": None, "max_position_embeddings": 100}
+ENDS = [71, 33]  # what this model does not come to write
 WINDOW = {"sinks": 8, "window": 16, "page_size": 8}
 
 
@@ -46,7 +47,7 @@ def window(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Compiled, Ar
     source = tmp_path_factory.mktemp("source")
     (source / "tokenizer.json").write_text("{}")
     (source / "config.json").write_text(json.dumps(CONFIG))
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [96, 95]}))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
     folder = tmp_path_factory.mktemp("genai") / "onnx-genai"
     compiled, artefact = emitted(folder, source, "window", **WINDOW)
     return folder, compiled, artefact
@@ -72,15 +73,14 @@ def assert_engines(
     tokens = torch.randint(95, (batch, 37), generator=torch.Generator().manual_seed(batch))
     expected = compiled.engine().generate(tokens, 59, eos=eos, read_prompt="policy")
     got = generated(folder, tokens, max_length=96, **search)
-    assert expected.shape[1] > 60, "an end so soon shows nothing"
-    assert torch.equal(got[:, : expected.shape[1]], expected)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_genai_generates_what_the_engine_does(
     window: tuple[Path, Compiled, Artefact], batch: int
 ) -> None:
-    assert_engines(window[0], window[1], batch, [96, 95])
+    assert_engines(window[0], window[1], batch, ENDS)
 
 
 def test_what_genai_is_told(window: tuple[Path, Compiled, Artefact]) -> None:
@@ -88,7 +88,7 @@ def test_what_genai_is_told(window: tuple[Path, Compiled, Artefact]) -> None:
     config = json.loads((folder / "genai_config.json").read_text())
     model, decoder = config["model"], config["model"]["decoder"]
     assert (model["vocab_size"], model["context_length"]) == (97, 100)
-    assert (model["eos_token_id"], model["pad_token_id"]) == ([96, 95], 96)
+    assert (model["eos_token_id"], model["pad_token_id"]) == (ENDS, ENDS[0])
     assert "bos_token_id" not in model
     assert (decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (4, 2)
     assert (decoder["num_hidden_layers"], decoder["head_size"], decoder["hidden_size"]) == (
