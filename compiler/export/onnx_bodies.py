@@ -14,7 +14,8 @@ import torch
 
 from ...models import portable
 from .onnx_model import DOMAIN, NODES
-from .onnx_symbols import Recorder, Symbol, numpy_of, parsed, written
+from .onnx_recorder import Recorder, numpy_of, parsed
+from .onnx_symbols import Symbol, symbol_of, written
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -106,7 +107,7 @@ def write_body(
     for key, (dtype, sizes) in given.items():
         number = ir.DataType.from_numpy(numpy_of(dtype))
         value = ir.Value(name=key, type=ir.TensorType(number), shape=ir.Shape(sizes))
-        by_name[key] = recorder.given(value, dtype, sizes)
+        by_name[key] = symbol_of(recorder, value, dtype, sizes)
     operator = portable.operator(name)
     made = portable.TEXTS[operator](*_arguments(operator, by_name, static))
     results = [made] if isinstance(made, Symbol) else [*made]

@@ -7,163 +7,17 @@ one or two standard nodes here, repeated ones once. A size that only a running e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import sympy
 import torch
 
 from ...models.memory import contiguous
+from .onnx_recorder import Recorder, Size, broadcast, numpy_of, product, ratio
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-NUMPY = {
-    torch.float16: np.float16,
-    torch.float32: np.float32,
-    torch.float64: np.float64,
-    torch.int32: np.int32,
-    torch.int64: np.int64,
-    torch.bool: np.bool_,
-}
-
-
-def numpy_of(dtype: torch.dtype) -> np.dtype[Any]:
-    """numpy's type; it has no bfloat16 of its own."""
-    if dtype is torch.bfloat16:
-        import onnx_ir as ir
-
-        found: np.dtype[Any] = ir.DataType.BFLOAT16.numpy()
-        return found
-    return np.dtype(NUMPY[dtype])
-
-
-class Recorder:
-    """The nodes written so far."""
-
-    def __init__(self, opset: int) -> None:
-        self.opset = opset
-        self.nodes: list[ir.Node] = []
-        self.made: dict[Any, Sequence[ir.Value]] = {}
-        self.sources: dict[Any, tuple[ir.Value, int, int]] = {}  # symbol: tensor, axis, factor
-
-    def op(self, kind: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: Any) -> Any:
-        """The output of a node, or its outputs; the same node is written once."""
-        import onnx_ir as ir
-
-        key = (kind, tuple(map(id, inputs)), tuple(sorted(attributes.items())), outputs)
-        if key not in self.made:
-            made = ir.node(kind, inputs, attributes, num_outputs=outputs)
-            self.nodes.append(made)
-            self.made[key] = made.outputs
-        found = self.made[key]
-        return found[0] if outputs == 1 else found
-
-    def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> ir.Value:
-        import onnx_ir as ir
-
-        array: Any = np.asarray(value, numpy_of(dtype))
-        key = ("Constant", array.dtype.str, array.shape, array.tobytes())
-        if key not in self.made:
-            made = ir.node("Constant", [], {"value": ir.tensor(array)})
-            self.nodes.append(made)
-            self.made[key] = made.outputs
-        return self.made[key][0]
-
-    def given(self, value: ir.Value, dtype: torch.dtype, shape: Sequence[int | str]) -> Symbol:
-        """An input; sizes that only a running engine knows are expressions, `8*units` say."""
-        sizes: list[int | Size] = []
-        for axis, size in enumerate(shape):
-            if isinstance(size, int):
-                sizes.append(size)
-                continue
-            expression = parsed(size)
-            factor, symbol = expression.as_coeff_Mul()
-            if symbol.is_Symbol and (symbol not in self.sources or factor == 1):
-                self.sources[symbol] = (value, axis, int(factor))
-            sizes.append(Size(self, expression))
-        return Symbol(self, value, dtype, sizes)
-
-
-def parsed(text: str) -> sympy.Expr:
-    """A size as the exporter writes it."""
-    expression = sympy.sympify(text)
-    return expression.xreplace(
-        {s: sympy.Symbol(s.name, integer=True, positive=True) for s in expression.free_symbols}
-    )
-
-
-class Size:
-    """A whole number that is known when the engine runs."""
-
-    def __init__(self, recorder: Recorder, expression: sympy.Expr) -> None:
-        self.recorder, self.expression = recorder, expression
-
-    def _with(self, made: Any) -> Any:
-        made = sympy.expand(made)
-        return int(made) if made.is_Integer else Size(self.recorder, made)
-
-    def __add__(self, other: Any) -> Any:
-        return self._with(self.expression + _expression(other))
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Any:
-        return self._with(self.expression - _expression(other))
-
-    def __rsub__(self, other: Any) -> Any:
-        return self._with(_expression(other) - self.expression)
-
-    def __mul__(self, other: Any) -> Any:
-        if isinstance(other, Symbol):
-            return NotImplemented
-        return self._with(self.expression * _expression(other))
-
-    __rmul__ = __mul__
-
-    def __floordiv__(self, other: Any) -> Any:
-        return self._with(sympy.floor(self.expression / _expression(other)))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Size) and self.expression == other.expression
-
-    def __hash__(self) -> int:
-        return hash(self.expression)
-
-    def __repr__(self) -> str:
-        return str(self.expression)
-
-    def value(self) -> ir.Value:
-        """It as an int64 tensor of one element."""
-        return self._value(self.expression)
-
-    def _value(self, of: sympy.Expr) -> ir.Value:
-        op, constant = self.recorder.op, self.recorder.constant
-        if of.is_Integer:
-            return constant([int(of)])
-        if of.is_Symbol:
-            tensor, axis, factor = self.recorder.sources[of]
-            size = op("Shape", tensor, start=axis, end=axis + 1)
-            return size if factor == 1 else op("Div", size, constant([factor]))
-        if isinstance(of, sympy.floor):
-            numerator, denominator = of.args[0].as_numer_denom()
-            return op("Div", self._value(numerator), self._value(denominator))
-        kind = {sympy.Add: "Add", sympy.Mul: "Mul"}.get(of.func)
-        if kind is None:
-            raise TypeError(f"the size {of} has no form in ONNX")
-        made = self._value(of.args[0])
-        for part in of.args[1:]:
-            made = op(kind, made, self._value(part))
-        return made
-
-
-def _expression(number: Any) -> sympy.Expr:
-    if isinstance(number, Size):
-        return number.expression
-    if type(number) is not int:
-        raise TypeError(f"{number!r} where a size was expected")
-    return sympy.Integer(number)
 
 
 class Symbol:
@@ -185,7 +39,9 @@ class Symbol:
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         name = getattr(function, "__name__", str(function)).split(".")[0]
-        known = _FUNCTIONS.get(name)
+        from .onnx_functions import FUNCTIONS
+
+        known = FUNCTIONS.get(name)
         if known is None:
             raise NotImplementedError(f"torch's {name} has no form in ONNX here")
         return known(*args, **(kwargs or {}))
@@ -244,60 +100,60 @@ class Symbol:
         return self._each("Not")
 
     def __add__(self, other: Any) -> Symbol:
-        return _pair("Add", self, other)
+        return pair("Add", self, other)
 
     def __radd__(self, other: Any) -> Symbol:
-        return _pair("Add", other, self)
+        return pair("Add", other, self)
 
     def __sub__(self, other: Any) -> Symbol:
-        return _pair("Sub", self, other)
+        return pair("Sub", self, other)
 
     def __rsub__(self, other: Any) -> Symbol:
-        return _pair("Sub", other, self)
+        return pair("Sub", other, self)
 
     def __mul__(self, other: Any) -> Symbol:
-        return _pair("Mul", self, other)
+        return pair("Mul", self, other)
 
     def __rmul__(self, other: Any) -> Symbol:
-        return _pair("Mul", other, self)
+        return pair("Mul", other, self)
 
     def __truediv__(self, other: Any) -> Symbol:
-        return _pair("Div", self, other)
+        return pair("Div", self, other)
 
     def __and__(self, other: Any) -> Symbol:
-        return _pair("And", self, other)
+        return pair("And", self, other)
 
     def __or__(self, other: Any) -> Symbol:
-        return _pair("Or", self, other)
+        return pair("Or", self, other)
 
     def __lt__(self, other: Any) -> Symbol:
-        return _pair("Less", self, other, torch.bool)
+        return pair("Less", self, other, torch.bool)
 
     def __le__(self, other: Any) -> Symbol:
-        return _pair("LessOrEqual", self, other, torch.bool)
+        return pair("LessOrEqual", self, other, torch.bool)
 
     def __gt__(self, other: Any) -> Symbol:
-        return _pair("Greater", self, other, torch.bool)
+        return pair("Greater", self, other, torch.bool)
 
     def __ge__(self, other: Any) -> Symbol:
-        return _pair("GreaterOrEqual", self, other, torch.bool)
+        return pair("GreaterOrEqual", self, other, torch.bool)
 
     def __eq__(self, other: Any) -> Symbol:  # type: ignore[override]
-        return _pair("Equal", self, other, torch.bool)
+        return pair("Equal", self, other, torch.bool)
 
     __hash__ = object.__hash__
 
     def clamp_min(self, least: Any) -> Symbol:
-        return _pair("Max", self, least)
+        return pair("Max", self, least)
 
     def clamp_max(self, most: Any) -> Symbol:
-        return _pair("Min", self, most)
+        return pair("Min", self, most)
 
     def clamp(self, least: Any, most: Any) -> Symbol:
         return self.clamp_min(least).clamp_max(most)
 
     def masked_fill(self, mask: Symbol, value: float | Size) -> Symbol:
-        return _where(mask, value, self)
+        return where(mask, value, self)
 
     # --- along axes ---
 
@@ -332,7 +188,7 @@ class Symbol:
         return self._new(self._op("CumSum", self.recorder.constant(self._axis(axis))))
 
     def __matmul__(self, other: Symbol) -> Symbol:
-        lead = _broadcast(self.shape[:-2], other.shape[:-2])
+        lead = broadcast(self.shape[:-2], other.shape[:-2])
         made = self._op("MatMul", other.value)
         return self._new(made, shape=[*lead, self.shape[-2], other.shape[-1]])
 
@@ -340,9 +196,9 @@ class Symbol:
 
     def view(self, *shape: int | Size) -> Symbol:
         """A reshape; one size may be -1."""
-        whole = _product(self.shape)
-        rest = _product([size for size in shape if size != -1])
-        sizes = [_ratio(whole, rest) if size == -1 else size for size in shape]
+        whole = product(self.shape)
+        rest = product([size for size in shape if size != -1])
+        sizes = [ratio(whole, rest) if size == -1 else size for size in shape]
         if sizes == [*self.shape]:
             return self
         if self.reshaped is not None:
@@ -368,14 +224,14 @@ class Symbol:
 
     def flatten(self, start: int = 0, end: int = -1) -> Symbol:
         start, end = self._axis(start), self._axis(end)
-        one = _product(self.shape[start : end + 1])
+        one = product(self.shape[start : end + 1])
         return self.view(*self.shape[:start], one, *self.shape[end + 1 :])
 
     def unflatten(self, axis: int, sizes: Sequence[int | Size]) -> Symbol:
         axis = self._axis(axis)
-        rest = _product([size for size in sizes if size != -1])
+        rest = product([size for size in sizes if size != -1])
         whole = self.shape[axis]
-        into = [_ratio(whole, rest) if size == -1 else size for size in sizes]
+        into = [ratio(whole, rest) if size == -1 else size for size in sizes]
         return self.view(*self.shape[:axis], *into, *self.shape[axis + 1 :])
 
     def transpose(self, first: int, second: int) -> Symbol:
@@ -481,37 +337,14 @@ class Symbol:
         return self._new(self._op("ScatterElements", at.value, new.value, axis=axis))
 
 
-def _product(sizes: Sequence[int | Size]) -> Any:
-    made: Any = 1
-    for size in sizes:
-        made = made * size
-    return made
+def symbol_of(
+    recorder: Recorder, value: ir.Value, dtype: torch.dtype, shape: Sequence[int | str]
+) -> Symbol:
+    """An input as a symbol; see `Recorder.sizes`."""
+    return Symbol(recorder, value, dtype, recorder.sizes(value, shape))
 
 
-def _ratio(whole: Any, part: Any) -> Any:
-    found = sympy.cancel(_expression(whole) / _expression(part))
-    if found.is_Integer:
-        return int(found)
-    if found.as_numer_denom()[1] != 1:
-        raise TypeError(f"{whole!r} elements do not divide into {part!r}")
-    source = whole if isinstance(whole, Size) else part
-    return Size(source.recorder, sympy.expand(found))
-
-
-def _broadcast(first: Sequence[int | Size], second: Sequence[int | Size]) -> list[int | Size]:
-    rank = max(len(first), len(second))
-    made: list[int | Size] = []
-    for a, b in zip(
-        [1] * (rank - len(first)) + list(first), [1] * (rank - len(second)) + list(second),
-        strict=True,
-    ):  # fmt: skip
-        if a != 1 and b != 1 and a != b:
-            raise TypeError(f"sizes {first} and {second} do not go together")
-        made.append(b if a == 1 else a)
-    return made
-
-
-def _operand(value: Any, like: Symbol, dtype: torch.dtype) -> Symbol:
+def operand(value: Any, like: Symbol, dtype: torch.dtype) -> Symbol:
     """A symbol, size or number as a symbol of this type."""
     if isinstance(value, Symbol):
         return value.to(dtype)
@@ -538,7 +371,7 @@ def _common(values: Sequence[Any]) -> torch.dtype:
 _NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}
 
 
-def _pair(kind: str, first: Any, second: Any, result: torch.dtype | None = None) -> Symbol:
+def pair(kind: str, first: Any, second: Any, result: torch.dtype | None = None) -> Symbol:
     if type(second) is int and second == _NEUTRAL.get(kind) and first.dtype != torch.bool:
         kept: Symbol = first
         return kept
@@ -546,124 +379,21 @@ def _pair(kind: str, first: Any, second: Any, result: torch.dtype | None = None)
     dtype = _common([first, second])
     if kind == "Div" and not dtype.is_floating_point:
         raise TypeError("/ of whole numbers; say how to round: torch.div(…, rounding_mode=…)")
-    a, b = (_operand(x, like, dtype) for x in (first, second))
+    a, b = (operand(x, like, dtype) for x in (first, second))
     made = like.recorder.op(kind, a.value, b.value)
-    return like._new(made, result or dtype, _broadcast(a.shape, b.shape))
+    return like._new(made, result or dtype, broadcast(a.shape, b.shape))
 
 
-def _where(condition: Symbol, first: Any, second: Any) -> Symbol:
+def where(condition: Symbol, first: Any, second: Any) -> Symbol:
     if all(isinstance(x, Symbol) and x.dtype == torch.bool for x in (first, second)):
         # onnxruntime's Where has no kernel for these.
         chosen: Symbol = (condition & first) | (~condition & second)
         return chosen
     dtype = _common([first, second])
-    a, b = (_operand(x, condition, dtype) for x in (first, second))
+    a, b = (operand(x, condition, dtype) for x in (first, second))
     made = condition._op("Where", a.value, b.value)
-    shape = _broadcast(_broadcast(condition.shape, a.shape), b.shape)
+    shape = broadcast(broadcast(condition.shape, a.shape), b.shape)
     return condition._new(made, dtype, shape)
-
-
-def _div(value: Symbol, by: Any, rounding_mode: str) -> Symbol:
-    if value.dtype.is_floating_point or rounding_mode != "trunc":
-        raise TypeError(f"division of {value.dtype} rounded by {rounding_mode!r}")
-    b = _operand(by, value, value.dtype)  # ONNX divides whole numbers towards zero
-    return value._new(value._op("Div", b.value), shape=_broadcast(value.shape, b.shape))
-
-
-def _remainder(value: Symbol, by: Any) -> Symbol:
-    if value.dtype.is_floating_point:
-        raise TypeError(f"remainder of {value.dtype}")
-    return _pair("Mod", value, by)
-
-
-def _pow(base: float, power: Symbol) -> Symbol:
-    return power._new(
-        power.recorder.op("Pow", power.recorder.constant(base, power.dtype), power.value)
-    )
-
-
-def _iota(count: int | Size, like: Symbol) -> Symbol:
-    recorder = like.recorder
-    if isinstance(count, int):
-        return like._new(recorder.constant(np.arange(count)), torch.int64, [count])
-    stop = recorder.op("Squeeze", count.value())
-    made = recorder.op("Range", recorder.constant(0), stop, recorder.constant(1))
-    return like._new(made, torch.int64, [count])
-
-
-def _stack(values: Sequence[Symbol]) -> Symbol:
-    apart = [value.unsqueeze(0) for value in values]
-    first = apart[0]
-    made = first.recorder.op("Concat", *(x.value for x in apart), axis=0)
-    return first._new(made, shape=[len(apart), *values[0].shape])
-
-
-def _cat(values: Sequence[Symbol], dim: int) -> Symbol:
-    first = values[0]
-    axis = first._axis(dim)
-    made = first.recorder.op("Concat", *(x.value for x in values), axis=axis)
-    whole: Any = 0
-    for value in values:
-        whole = whole + value.shape[axis]
-    return first._new(made, shape=[*first.shape[:axis], whole, *first.shape[axis + 1 :]])
-
-
-def _softmax(of: Symbol, dim: int, **rest: Any) -> Symbol:
-    return of._new(of._op("Softmax", axis=of._axis(dim)))
-
-
-def _pad(of: Symbol, amounts: tuple[int, int], *, mode: str = "constant", value: Any) -> Symbol:
-    if mode != "constant":
-        raise TypeError(f"pad by {mode!r} has no form in ONNX here")
-    before, after = amounts
-    whole = [0] * (of.dim() - 1) + [before] + [0] * (of.dim() - 1) + [after]
-    constant = of.recorder.constant
-    made = of._op("Pad", constant(whole), constant(value, of.dtype))
-    return of._new(made, shape=[*of.shape[:-1], of.shape[-1] + before + after])
-
-
-def _full_like(like: Symbol, value: float, dtype: torch.dtype | None = None) -> Symbol:
-    kind = dtype or like.dtype
-    one = like._new(like.recorder.constant(value, kind), kind, [])
-    return one.expand(*like.shape)
-
-
-def _largest(scores: Symbol, count: int) -> tuple[Symbol, Symbol]:
-    k = scores.recorder.constant([count])
-    values, order = scores._op("TopK", k, outputs=2, axis=-1, largest=1, sorted=1)
-    shape = [*scores.shape[:-1], count]
-    return scores._new(values, shape=shape), scores._new(order, torch.int64, shape)
-
-
-def _put_rows(cache: Symbol, at: Symbol, new: Symbol) -> Symbol:
-    """ScatterND straight on the cache: where its output is bound to its input, it is updated in
-    place."""
-    batch, heads = cache.shape[:2]
-    row = at[:, None].expand(-1, heads, -1)  # [B, Hkv, n]
-    first = _iota(batch, at)[:, None, None].expand(*row.shape)
-    second = _iota(heads, at)[None, :, None].expand(*row.shape)
-    apart = [x.unsqueeze(3) for x in (first, second, row)]
-    where = at.recorder.op("Concat", *(x.value for x in apart), axis=-1)
-    return cache._new(cache._op("ScatterND", where, new.to(cache.dtype).value))
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "iota": _iota,
-    "where": _where,
-    "minimum": lambda a, b: _pair("Min", a, b),
-    "remainder": _remainder,
-    "div": _div,
-    "pow": _pow,
-    "tanh": lambda x: x._each("Tanh"),
-    "stack": _stack,
-    "cat": _cat,
-    "softmax": _softmax,
-    "pad": _pad,
-    "full_like": _full_like,
-    "ones_like": lambda x, dtype=None: _full_like(x, 1, dtype),
-    "largest": _largest,
-    "put_rows": _put_rows,
-}
 
 
 def written(symbols: Sequence[Symbol]) -> list[ir.Value]:

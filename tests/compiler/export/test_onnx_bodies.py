@@ -19,7 +19,8 @@ import onnx_ir as ir  # noqa: E402
 
 from memcompile.compiler.export.onnx_bodies import write_body  # noqa: E402
 from memcompile.compiler.export.onnx_model import OPSET  # noqa: E402
-from memcompile.compiler.export.onnx_symbols import Recorder, Size  # noqa: E402
+from memcompile.compiler.export.onnx_recorder import Recorder, Size  # noqa: E402
+from memcompile.compiler.export.onnx_symbols import symbol_of  # noqa: E402
 
 HEADS, GROUP, WIDTH, PAGE = 2, 3, 8, 4
 POOLS = {"mean": WIDTH, "std": WIDTH, "value_mean": WIDTH, "log_count": 1}
@@ -263,7 +264,7 @@ def test_operators_give_the_shapes_that_they_claim(name: str) -> None:
 def test_a_size_is_no_number() -> None:
     recorder = Recorder(OPSET)
     value = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", 4]))
-    symbol = recorder.given(value, torch.float32, ["n", 4])
+    symbol = symbol_of(recorder, value, torch.float32, ["n", 4])
     n = symbol.shape[0]
     assert isinstance(n, Size)
     for wrong in (int, range, len, torch.arange):
