@@ -224,5 +224,7 @@ def _emit(
 
     given = ir.convenience.convert_attributes(attributes)
     node = ir.Node(domain, kind, list(inputs), given, num_outputs=outputs)
-    evaluator.default().nodes.append(node)  # type: ignore[attr-defined]
-    return node.outputs
+    recorder: Any = evaluator.default()
+    recorder.nodes.append(node)
+    made: Sequence[Any] = node.outputs
+    return made
