@@ -130,6 +130,12 @@ def _onnx(settings: Settings) -> Outcome:
     return run(settings)
 
 
+def _aoti(settings: Settings) -> Outcome:
+    from .aoti import run
+
+    return run(settings)
+
+
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
@@ -139,6 +145,7 @@ BENCHMARKS = {
         Benchmark("linear", "one token through 16-bit linear layers", _linear),
         Benchmark("decode", "one token through a 32-layer Llama, by context", _decode),
         Benchmark("backend", "the same through torch.compile over a StaticCache", _backend),
+        Benchmark("aoti", "one token through an AOTInductor package and its engine", _aoti),
         Benchmark("onnx", "one decode step of attention under onnxruntime", _onnx),
         Benchmark("compile-time", "module to running engine, 32 layers", _compile_time),
     )

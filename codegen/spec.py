@@ -172,8 +172,8 @@ class KernelSpec:
             parts += [self.pages] if self.pages != "all" else []
             flags = ("bias", "softcap", "window", "page_lse", "summaries")
             parts += [flag for flag in flags if getattr(self, flag)]
-        flags = ("record_table", "fold", "among", "contiguous")
-        parts += [flag for flag in flags if getattr(self, flag)]
+        of_the_rest = ("record_table", "fold", "among", "contiguous")
+        parts += [flag for flag in of_the_rest if getattr(self, flag)]
         if self.op in STATE_OPS:
             parts += [self.decay] if self.decay else []
             parts += [flag for flag in ("delta", "normalised", "backward") if getattr(self, flag)]
@@ -217,8 +217,10 @@ class KernelSpec:
             return (*_tensors(read), *_written(written))
         if self.op == "score_select":
             records = (f"index_{field}" for field in self.score_fields)
-            table = () if self.contiguous else ("page_table",)
-            table = (*table, "candidates") if self.among else table
+            table = (
+                *(() if self.contiguous else ("page_table",)),
+                *(("candidates",) if self.among else ()),
+            )
             whole = ["sink_pages", "window_pages", "budget_pages"]
             if not self.among:
                 whole[2:] = ["capacity", "budget_pages", "dense_below"]

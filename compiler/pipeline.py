@@ -20,6 +20,7 @@ from ..passes.find_branches import find_branches, keeps_guards
 from ..passes.find_sites import find_sites
 from ..passes.fold_attention import fold_attention
 from ..passes.graph_tools import argument
+from ..passes.join_pieces import join_pieces
 from ..passes.remember import StepGraph, decline_step, remember
 from ..passes.result import Declined, NotRewritten, PassResult, Site
 from ..passes.strip_asserts import strip_asserts
@@ -39,6 +40,7 @@ from .settings import kernels as kernels_setting
 # Graph to graph, in order; each leaves a graph that `verify` accepts.
 NORMALISE: tuple[Callable[[fx.GraphModule], PassResult], ...] = (
     strip_asserts,
+    join_pieces,
     fold_attention,
     undo_repeat_kv,
 )

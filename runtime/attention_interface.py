@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -72,6 +73,7 @@ class CachedAttention:
         self._emit = _Kernels(kernels)
         self._tables: OrderedDict[Any, Tables] = OrderedDict()
         self._mask: tuple[Any, ...] = (None,)
+        self._lock = threading.Lock()
 
     def __str__(self) -> str:
         calls = self.calls
@@ -197,9 +199,11 @@ class CachedAttention:
             return Seen((0,) * batch, (length - 1,) * batch, 1)
         # All layers of a step are given one mask.
         version = None if mask.is_inference() else mask._version
-        if self._mask[0] is not mask or self._mask[1:3] != (version, batch):
-            self._mask = (mask, version, batch, seen_through(mask, batch, self.hidden))
-        found: Seen | None = self._mask[3]
+        known = self._mask
+        if known[0] is not mask or known[1:3] != (version, batch):
+            known = (mask, version, batch, seen_through(mask, batch, self.hidden))
+            self._mask = known
+        found: Seen | None = known[3]
         return found
 
     def _dense(
@@ -217,10 +221,12 @@ class CachedAttention:
     ) -> tuple[Tensor, None]:
         from transformers import AttentionInterface
 
-        if why not in self.calls.why_dense:
+        with self._lock:
+            first = why not in self.calls.why_dense
+            self.calls.dense += 1
+            self.calls.why_dense[why] = self.calls.why_dense.get(why, 0) + 1
+        if first:
             log.info("attention of %s reads densely: %s", type(module).__name__, why)
-        self.calls.dense += 1
-        self.calls.why_dense[why] = self.calls.why_dense.get(why, 0) + 1
         self.indexes.distrust([key])
         made: tuple[Tensor, None] = AttentionInterface()["sdpa"](
             module,
@@ -282,12 +288,13 @@ class CachedAttention:
         if index is not None:
             # The cache writes the next tokens before the next call.
             index.bind(key, value, held, writes=1 if room or known else 0)
-        self.calls.policy += 1
-        if pages is not None:
-            self.calls.note((pages >= 0).sum((1, 2, 3)))
-            for position in seen.position:
-                shown = sum((position + i) // memory.page_size + 1 for i in range(seen.rows))
-                self.calls.pages_held += key.shape[1] * shown
+        with self._lock:
+            self.calls.policy += 1
+            if pages is not None:
+                self.calls.note((pages >= 0).sum((1, 2, 3)))
+                for position in seen.position:
+                    shown = sum((position + i) // memory.page_size + 1 for i in range(seen.rows))
+                    self.calls.pages_held += key.shape[1] * shown
         result: Tensor = out.transpose(1, 2).contiguous()
         return result
 

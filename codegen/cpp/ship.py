@@ -1,4 +1,4 @@
-"""The kernels of an engine that leaves Python behind: a folder of libraries, one of them to load."""
+"""Kernels of an engine that leaves Python behind: a folder of libraries, of which one is loaded."""
 
 from __future__ import annotations
 

@@ -2,7 +2,16 @@
 
 from .aot import CompiledKernel, compile_for, resources
 from .emit import path, source
-from .load import load
+from .load import launcher, load
 from .tune import tune
 
-__all__ = ["CompiledKernel", "compile_for", "load", "path", "resources", "source", "tune"]
+__all__ = [
+    "CompiledKernel",
+    "compile_for",
+    "launcher",
+    "load",
+    "path",
+    "resources",
+    "source",
+    "tune",
+]

@@ -57,15 +57,15 @@ def folder_of(spec: KernelSpec, target: str, width: int | None = None) -> Path:
         for role, launch in launches(spec, target).items()
     ]
     made_from = (source(spec, target), target, str(width), json.dumps(chosen))
-    key = store.key(*made_from, triton.__version__, _compiled_by())
+    key = store.key(*made_from, triton.__version__, compiled_by())
     return store.root() / "binaries" / f"{spec.name}.{target.replace(':', '-')}-{key}"
 
 
 @cache
-def _compiled_by() -> str:
-    """A hash of the code that decides what a bundle holds."""
+def compiled_by() -> str:
+    """A hash of the code that decides what a bundle or a plug-in's kernel is."""
     digest = hashlib.sha256()
-    for name in ("aot", "bundle", "ptx", "record", "shapes", "sizes"):
+    for name in ("aot", "bundle", "plugin", "ptx", "record", "shapes", "sizes"):
         digest.update((HERE / f"{name}.py").read_bytes())
     return digest.hexdigest()
 

@@ -6,9 +6,10 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -68,10 +69,15 @@ def load(specs: Iterable[KernelSpec]) -> dict[KernelSpec, torch._ops.OpOverload]
     return {spec: _loaded[spec] for spec in asked}
 
 
+def launcher(spec: KernelSpec) -> Callable[..., Any]:
+    """The function of a spec's module that launches its kernels, `wrap_triton` around each."""
+    found: Callable[..., Any] = getattr(module(spec), spec.op)
+    return found
+
+
 def _register(spec: KernelSpec) -> torch._ops.OpOverload:
-    launcher = getattr(module(spec), spec.op)
     written = [name for kind, name in spec.arguments if kind.endswith("!)")]
     name = f"{NAMESPACE}::{spec.name}"
-    torch.library.triton_op(name, launcher, mutates_args=written)
+    torch.library.triton_op(name, launcher(spec), mutates_args=written)
     overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), spec.name).default
     return overload

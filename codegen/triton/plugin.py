@@ -8,16 +8,19 @@ parameters, which nobody would pass, are taken out of the PTX.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
+from pathlib import Path
 
 import torch
 
+from .. import cache as store
 from ..spec import KernelSpec, NotCovered
 from . import ptx
 from .aot import TORCH_TYPES, CompiledKernel, compile_kernel
 from .blocks import Launch, launches, table
+from .bundle import compiled_by
 from .emit import text, write
 from .load import imported, module
 from .record import Extent, Launched, Plan, StandIn, plans, tensor
@@ -146,30 +149,47 @@ def _ranks(launch: Launched, plugin: Plugin) -> bool:
 def _kernel(plugin: Plugin, target: str, role: str, launched: Launched) -> PluginKernel:
     known = known_sizes(plugin)
     extras = extras_of(launched, known)
-    launch = Launch(launched.kernel, launched.constants, launched.warps, launched.stages)
-    made = wrapped(plugin, target, launched, extras, known)
+    launch = Launch(launched.kernel, {}, launched.warps, launched.stages)
+    file = wrapped(plugin, target, launched, extras, known)
     pointers = [(f"p_{o.name}", _pointer(o)) for o in (*plugin.inputs, *plugin.outputs)]
     inputs, outputs = pointers[: len(plugin.inputs)], pointers[len(plugin.inputs) :]
     signature = dict([*inputs, *((name, "i32") for name in extras), *outputs])
-    compiled: CompiledKernel | None = None
-    for stages in range(launch.stages, 0, -1):
-        compiled = compile_kernel(
-            getattr(made, plugin.name),
-            signature,
-            {name: 16 for name, _ in pointers},
-            replace(launch, stages=stages, constants={}),
-            role,
-            target,
-        )
-        if compiled.shared <= SHARED:
-            break
-    assert compiled is not None
-    passed = ptx.drop_hidden(compiled.assembly)
-    _check(passed, plugin, signature)
+    text, facts = _compiled(plugin.name, file, signature, launch, target)
+    _check(text, plugin, signature)
     grid = tuple(bound(extent, known) for extent in launched.grid)
-    return PluginKernel(
-        role, passed, extras, (grid[0], grid[1], grid[2]), compiled.threads, compiled.shared
+    whole = (grid[0], grid[1], grid[2])
+    return PluginKernel(role, text, extras, whole, facts["threads"], facts["shared"])
+
+
+def _compiled(
+    name: str, file: Path, signature: dict[str, str], launch: Launch, target: str
+) -> tuple[str, dict[str, int]]:
+    """The PTX of a kernel in a file, and its threads and shared memory; kept in the cache."""
+    import triton
+
+    chosen = (launch.warps, launch.stages, signature)
+    key = store.key(
+        *(file.parent.name, target, json.dumps(chosen), triton.__version__, compiled_by())
     )
+
+    def fill(folder: Path) -> None:
+        pointers = {name: 16 for name, kind in signature.items() if kind.startswith("*")}
+        kernel = getattr(imported(file), name)
+        found: CompiledKernel | None = None
+        for stages in range(launch.stages, 0, -1):
+            fewer = replace(launch, stages=stages)
+            found = compile_kernel(kernel, signature, pointers, fewer, name, target)
+            if found.shared <= SHARED:
+                break
+        assert found is not None
+        told = {"threads": found.threads, "shared": found.shared}
+        (folder / "kernel.ptx").write_text(ptx.drop_hidden(found.assembly), encoding="utf-8")
+        (folder / "kernel.json").write_text(json.dumps(told), encoding="utf-8")
+
+    place = store.root() / "binaries" / f"{name}.{target.replace(':', '-')}-{key}"
+    kept = store.publish(place, fill)
+    facts: dict[str, int] = json.loads((kept / "kernel.json").read_text(encoding="utf-8"))
+    return (kept / "kernel.ptx").read_text(encoding="utf-8"), facts
 
 
 def extras_of(launched: Launched, known: Mapping[str, Extent]) -> tuple[str, ...]:
@@ -222,8 +242,8 @@ def wrapped(
     launched: Launched,
     extras: Sequence[str],
     known: Mapping[str, Extent],
-) -> ModuleType:
-    """The spec's module with a kernel more: one that calls it with what a plug-in is passed."""
+) -> Path:
+    """The file of the spec's module with one kernel more, which takes what a plug-in is passed."""
     given = {o.stands_for: f"p_{o.name}" for o in (*plugin.inputs, *plugin.outputs)}
     arguments = []
     for value in launched.arguments.values():
@@ -247,7 +267,7 @@ def wrapped(
         "",
     ]
     whole = text(plugin.spec, target, table(plugin.spec, target)) + "\n".join(lines)[1:]
-    return imported(write(plugin.spec, whole))
+    return write(plugin.spec, whole)
 
 
 def _comment(operand: Operand) -> str:

@@ -110,7 +110,7 @@ def assemble(text: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(text, encoding="utf-8")
-        command = [tool, f"--gpu-name={target}", source, "-o", binary]
+        command = [str(tool), f"--gpu-name={target}", str(source), "-o", str(binary)]
         ran = subprocess.run(command, capture_output=True, text=True)
         if ran.returncode:
             raise ValueError(f"ptxas refuses the text: {' '.join(ran.stderr.split())[:500]}")

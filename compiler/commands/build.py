@@ -97,7 +97,9 @@ def build(
     report.timings = {**timings, **report.timings}
     refused = compiled.program is None
     binaries = []
-    if targets is not None and not refused:
+    if targets is not None and refused:
+        report.notes.append("no kernels were compiled: nothing was rewritten")
+    elif targets is not None:
         started = time.perf_counter()
         required = kernels_setting(kernels) == "required"
         binaries = compile_targets(compiled, chosen_targets, required=required)

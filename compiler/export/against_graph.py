@@ -46,14 +46,14 @@ def check(
     generator = torch.Generator().manual_seed(_SEED)
     both = _Both(contract, engine, graph, what)
     for batch, split, filled in ((2, (1, 1, 19, 1), True), (1, (1, 1, 3, 1), False)):
-        split = _within(contract, split)
-        start = _start(contract, sites, sum(split)) if filled else 0
-        driver = Driver(contract, both, batch, start + sum(split))
+        counts = _within(contract, split)
+        start = _start(contract, sites, sum(counts)) if filled else 0
+        driver = Driver(contract, both, batch, start + sum(counts))
         if filled:
             driver.position = [start] * batch
             for tensor in driver.state.values():
                 tensor.copy_(torch.rand(tensor.shape, generator=generator))
-        for count in split:
+        for count in counts:
             tokens = torch.randint(contract.vocabulary, (batch, count), generator=generator)
             # Rows of different lengths, where an engine takes them.
             lengths = [count, *[max(1, count - 4)] * (batch - 1)] if contract.lengths else None
@@ -84,14 +84,14 @@ class _Both:
                 raise RuntimeError(f"{self.what}: {where} fails: {text}") from error
         lengths = given[contract.lengths].tolist() if contract.lengths else [rows] * batch
         for row, valid in enumerate(lengths):
-            pair = (made[contract.logits][row, :valid] for made in (want, got))
-            self._compare(contract.logits, where, *pair, None)
+            expected, made = (x[contract.logits][row, :valid] for x in (want, got))
+            self._compare(contract.logits, where, expected, made, None)
         for tensor in contract.state:
             name, same = tensor.input, tensor.output == tensor.input
-            pair = (
-                (given[name], copies[name]) if same else (want[tensor.output], got[tensor.output])
-            )
-            self._compare(name, where, *pair, before[name])
+            expected, made = given[name], copies[name]
+            if not same:
+                expected, made = want[tensor.output], got[tensor.output]
+            self._compare(name, where, expected, made, before[name])
         return want
 
     def _named(self, made: list[Tensor]) -> dict[str, Tensor]:

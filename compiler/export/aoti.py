@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ...codegen.cpp import ship
 from ...codegen.spec import KernelSpec
 from ...passes.contiguous_state import make_paged
@@ -13,6 +15,7 @@ from ..report import Lowered
 from . import against_graph, inductor
 from .contract import contract_of, places_of
 from .formats import Artefact, this_machine
+from .launched import launched
 
 if TYPE_CHECKING:
     from ..pipeline import Compiled
@@ -30,37 +33,41 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     """
     program, step = compiled.program, compiled.step
     assert program is not None and step is not None
+    device = program.device
     why = uncovered(program.layouts)
-    if program.device.type != "cpu":
-        why = f"the model is on {program.device}, and engines are exported for CPUs alone as yet"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        why = f"the model is on {device}, and there is no GPU here, for which its kernels are made"
     if why:
         raise RuntimeError(f"aoti: {why}; {PORTABLE}")
     sites = places_of(program)
     contract = contract_of(program, sites).in_place()
     try:
-        weights = step.policy.parameters()
-        held = any(weight.dtype in SIXTEEN for weight in weights)
-        linear = load_linear(program.device, "required")[0] if held else None
+        sixteen = any(weight.dtype in SIXTEEN for weight in step.policy.parameters())
+        linear = load_linear(device, "required")[0] if sixteen else None
     except RuntimeError as reason:
         raise _refused(reason) from reason
     specs: set[KernelSpec] = set()
-    for name, graph in inductor.graphs(step).items():
+    for name, graph in inductor.graphs(step, program).items():
         paged = make_paged(graph, sites, program.ragged)
-        traced = inductor.trace_flat(paged, contract, program.device, linear)
-        specs |= _put_kernels(traced, program.device)
+        traced = inductor.trace_flat(paged, contract, device, linear)
+        found = put_all(traced, device)
+        specs |= found
+        if device.type == "cuda":
+            traced = launched(traced, found)
         inductor.compile_package(traced, folder / name)
         engine = inductor.load(folder / name, traced.weights)
         against_graph.check(contract, sites, engine, inductor.eager(paged), f"aoti/{name}")
-    library = ship.ship(specs, linear is not None, folder)
     contract.write(folder)
-    notes = (
-        f"load {library.name} first; it brings the other libraries, which lie beside it",
-        *inductor.notes(folder),
-    )
-    return Artefact("aoti", folder.name, inductor.PACKAGE, this_machine(), notes)
+    notes = inductor.notes(folder)
+    if device.type == "cuda":
+        notes.append("its Triton kernels are inside; unverified on GPU")
+    else:
+        library = ship.ship(specs, linear is not None, folder)
+        notes.insert(0, f"load {library.name} first; it brings the libraries that lie beside it")
+    return Artefact("aoti", folder.name, inductor.PACKAGE, this_machine(), tuple(notes))
 
 
-def _put_kernels(traced: Traced, device: Any) -> set[KernelSpec]:
+def put_all(traced: Traced, device: Any) -> set[KernelSpec]:
     """Puts a kernel in place of every memory operation; their specs."""
     calls = memory_calls({"step": traced})
     specs = {spec for _, _, spec, _ in calls if isinstance(spec, KernelSpec)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -33,7 +33,7 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
         )
     sites = places_of(program)
     contract = contract_of(program, sites).in_place()
-    for name, graph in inductor.graphs(step).items():
+    for name, graph in inductor.graphs(step, program).items():
         flat = in_place(make_functional(graph, sites, program.ragged), contract)
         traced = inductor.trace_flat(flat, contract, program.device)
         inductor.compile_package(traced, folder / name)
@@ -56,8 +56,8 @@ def in_place(functional: fx.GraphModule, contract: Contract) -> fx.GraphModule:
         if node.op != "output":
             copied[node] = graph.node_copy(node, lambda n: copied[n])
     inputs = [copied[n] for n in functional.graph.nodes if n.op == "placeholder"]
-    (results,) = functional.graph.output_node().args
-    logits, *made = fx.node.map_arg(results, lambda n: copied[n])
+    results: Any = functional.graph.output_node().args[0]
+    logits, *made = (copied[node] for node in results)
     for place, new in zip(inputs[-len(contract.state) :], made, strict=True):
         graph.call_function(torch.ops.aten.copy_.default, (place, new))
     graph.output((logits,))

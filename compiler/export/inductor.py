@@ -7,6 +7,7 @@ passes run there that take a counter for a constant.
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import shutil
@@ -20,13 +21,15 @@ from torch import Tensor, fx
 
 from ...models.portable import TEXTS
 from ...passes.remember import StepGraph
+from ...runtime.engine import Program
 from ..lower import Traced, size, trace
 from .against_graph import Run
-from .contract import Contract
+from .contract import Contract, prefill_of
 
 PACKAGE = "engine.pt2"
 PREFILL = "prefill.pt2"
 # Any x86 machine of the last ten years, not this one; our kernels choose for themselves.
+_SIZES = (2, 3, 4, 5, 8, 12, 64, 1000)
 X86 = ("x86_64", "amd64")
 BASELINE = {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
 
@@ -78,7 +81,8 @@ def any_size() -> AbstractContextManager[Any]:
     """While it lasts, no size is compared with one to find what is broadcast."""
     from torch.fx.experimental import _config
 
-    held: AbstractContextManager[Any] = _config.patch(backed_size_oblivious=True)
+    held: AbstractContextManager[Any]
+    held = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     return held
 
 
@@ -102,13 +106,12 @@ def check_sizes(traced: Traced) -> None:
 
 
 def _not_one(guard: Any) -> bool:
-    """Whether a condition on sizes holds wherever they are not zero or one."""
+    """Whether a condition on sizes holds wherever they are not zero or one: tried, not proved."""
     import sympy
 
-    if isinstance(guard, sympy.Ne):
-        return True
-    above = {sympy.StrictGreaterThan: 1, sympy.GreaterThan: 2}.get(type(guard))
-    return above is not None and guard.lhs.is_Symbol and guard.rhs <= above
+    symbols = sorted(guard.free_symbols, key=str)
+    tries = itertools.product(_SIZES, repeat=len(symbols))
+    return all(guard.subs(dict(zip(symbols, sizes, strict=True))) == sympy.true for sizes in tries)
 
 
 def with_weights(traced: Traced) -> fx.GraphModule:
@@ -128,11 +131,11 @@ def with_weights(traced: Traced) -> fx.GraphModule:
     return fx.GraphModule(root, graph)
 
 
-def graphs(step: StepGraph) -> dict[str, fx.GraphModule]:
+def graphs(step: StepGraph, program: Program) -> dict[str, fx.GraphModule]:
     """The packages of an engine, and the graph of each."""
-    if step.dense is step.policy:
-        return {PACKAGE: step.policy}
-    return {PACKAGE: step.policy, PREFILL: step.dense}
+    made = {PACKAGE: step.policy}
+    prompt = prefill_of(step, program)
+    return made if prompt is None else {**made, PREFILL: prompt}
 
 
 def eager(graph: fx.GraphModule) -> Run:
@@ -153,7 +156,7 @@ def compile_package(traced: Traced, package: Path) -> None:
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner, get_cpp_wrapper_config
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
     from torch._inductor.virtualized import V
     from torch.utils import _pytree as pytree
 
@@ -183,7 +186,8 @@ def compile_package(traced: Traced, package: Path) -> None:
             tracing(TracingContext(traced.mode)),
             torch.no_grad(),
         ):
-            files = compile_fx_inner(module, inputs, cpp_wrapper=True).filename
+            made: Any = compile_fx_inner(module, inputs, cpp_wrapper=True)
+        files: list[Any] = made.filename
         check_sizes(traced)
         _forget_machine(files)
         package_aoti(str(package), files)

@@ -10,12 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ...models import portable
 from .onnx_model import DOMAIN, NODES
-from .onnx_symbols import NUMPY, Recorder, Symbol, parsed, written
+from .onnx_symbols import Recorder, Symbol, numpy_of, parsed, written
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -105,7 +104,7 @@ def write_body(
     recorder = Recorder(opset)
     by_name: dict[str, Symbol] = {}
     for key, (dtype, sizes) in given.items():
-        number = ir.DataType.from_numpy(np.dtype(NUMPY[dtype]))
+        number = ir.DataType.from_numpy(numpy_of(dtype))
         value = ir.Value(name=key, type=ir.TensorType(number), shape=ir.Shape(sizes))
         by_name[key] = recorder.given(value, dtype, sizes)
     operator = portable.operator(name)

@@ -180,7 +180,7 @@ def check_answers(
                 continue
             pairs[tensor.output] = (made.state[tensor.input], truth.state[tensor.input])
         for name, (have, want) in pairs.items():
-            worst = max(worst, _compare(f"{path.name}: {name}", have, want, f"call {number + 1}"))
+            worst = max(worst, compared(f"{path.name}: {name}", have, want, f"call {number + 1}"))
     return worst
 
 
@@ -191,7 +191,12 @@ def _calls(contract: Contract) -> list[int]:
     return [max(1, min(first, most)), 1, 1, 1]
 
 
-def _compare(what: str, have: Tensor, want: Tensor, when: str) -> float:
+def compared(what: str, have: Tensor, want: Tensor, when: str) -> float:
+    """The largest difference of two tensors, as a part of the largest value wanted.
+
+    Raises:
+        RuntimeError: it is more than rounding, or they are of other types or shapes.
+    """
     if have.shape != want.shape or have.dtype != want.dtype:
         raise RuntimeError(
             f"{what} is {have.dtype} {list(have.shape)} in {when}; eager has {want.dtype} "

@@ -224,7 +224,6 @@ def _emit(
 
     given = ir.convenience.convert_attributes(attributes)
     node = ir.Node(domain, kind, list(inputs), given, num_outputs=outputs)
-    recorder: Any = evaluator.default()
-    recorder.nodes.append(node)
+    evaluator.default().nodes.append(node)
     made: Sequence[Any] = node.outputs
     return made

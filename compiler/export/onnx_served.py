@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .contract import Contract
-from .onnx_write import _identity
+from .onnx_write import identity
 from .triton_config import LAST, new_name
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _taken(
     for name, value in list(graph.initializers.items()):
         del graph.initializers[name]
         assert value.const_value is not None
-        key = _identity(value.const_value)
+        key = identity(value.const_value)
         if key in weights:
             value.replace_all_uses_with(weights[key])
         else:

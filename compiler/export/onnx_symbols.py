@@ -29,6 +29,16 @@ NUMPY = {
 }
 
 
+def numpy_of(dtype: torch.dtype) -> np.dtype[Any]:
+    """numpy's type; it has no bfloat16 of its own."""
+    if dtype is torch.bfloat16:
+        import onnx_ir as ir
+
+        found: np.dtype[Any] = ir.DataType.BFLOAT16.numpy()
+        return found
+    return np.dtype(NUMPY[dtype])
+
+
 class Recorder:
     """The nodes written so far."""
 
@@ -53,7 +63,7 @@ class Recorder:
     def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> ir.Value:
         import onnx_ir as ir
 
-        array: Any = np.asarray(value, NUMPY[dtype])
+        array: Any = np.asarray(value, numpy_of(dtype))
         key = ("Constant", array.dtype.str, array.shape, array.tobytes())
         if key not in self.made:
             made = ir.node("Constant", [], {"value": ir.tensor(array)})
@@ -201,7 +211,7 @@ class Symbol:
 
         if dtype == self.dtype:
             return self
-        number = ir.DataType.from_numpy(np.dtype(NUMPY[dtype])).value
+        number = ir.DataType.from_numpy(numpy_of(dtype)).value
         return self._new(self._op("Cast", to=number), dtype)
 
     def long(self) -> Symbol:

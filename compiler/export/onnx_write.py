@@ -34,7 +34,7 @@ def write_models(folder: Path, models: Mapping[str, ir.Model], data: str = DATA)
     unique: dict[Any, Any] = {}
     keys = []
     for value in values:
-        key = _identity(value.const_value)
+        key = identity(value.const_value)
         unique.setdefault(key, value.const_value)
         keys.append(key)
     if unique:
@@ -46,7 +46,7 @@ def write_models(folder: Path, models: Mapping[str, ir.Model], data: str = DATA)
         ir.save(model, folder / name)
 
 
-def _identity(tensor: Any) -> Any:
+def identity(tensor: Any) -> Any:
     """What two tensors alike have in common: where they come from, or else their bytes."""
     source = tensor.meta.get("source") or origin(tensor)
     if source is not None:

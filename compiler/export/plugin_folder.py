@@ -42,8 +42,9 @@ def write_plugins(
 ) -> Plugins:
     """Writes the plug-ins of ONNX models whose memory operations are nodes.
 
-    The models are written anew where nodes of one name have several meanings: each gets a name of
-    its own, which is what TensorRT finds plug-ins by. Weights stay where they are.
+    The models are written anew: where nodes of one name have several meanings each gets a name of
+    its own, which is what TensorRT finds plug-ins by, and those that have one say that it is
+    compiled ahead of time. Weights stay where they are.
 
     Args:
         folder: must exist; gets `plugin.py`, `plugins.json` and the PTX.
@@ -60,14 +61,11 @@ def write_plugins(
     if not cuda:
         raise ValueError(f"plug-ins are for CUDA; the targets are {', '.join(targets) or 'none'}")
     calls: dict[str, Call] = {}
-    for path in models:
-        model = onnx.load(path, load_external_data=False)
-        found = calls_of(model)
-        for call in found:
+    loaded = {path: onnx.load(path, load_external_data=False) for path in models}
+    for path, model in loaded.items():
+        for call in calls_of(model):
             if calls.setdefault(call.name, call) != call:
                 raise ValueError(f"{path.name}: {call.name} is another operation than before")
-        spread_overloads(model)
-        onnx.save(model, path)
     result = Plugins()
     entries = []
     for call in calls.values():
@@ -81,6 +79,13 @@ def write_plugins(
         entries.append(_entry(folder, plugin, sizes, kernels))
     if entries:
         _write_module(folder, entries, cuda)
+    for path, model in loaded.items():
+        spread_overloads(model)
+        for node in model.graph.node:
+            if node.domain == DOMAIN and node.op_type in result.made:
+                # Plug-ins are looked up among those compiled ahead of time.
+                node.attribute.append(onnx.helper.make_attribute("aot", 1))
+        onnx.save(model, path)
     index = {"made": [_index(entry) for entry in entries], "left": result.left}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return result

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 LIBRARY = "libmemcompile_engine.so"  # of an engine with kernels: the one to load
 
 
+# Engines that read a prompt densely, by the names that their formats have for them.
+PREFILLS = ("prefill.onnx", "prefill.pt2")
+
+
 class CannotRun(Exception):
     """Why an engine does not run on this machine; no fault of the engine."""
 
@@ -34,6 +38,32 @@ def runner(folder: Path, artefact: Artefact, contract: Contract) -> Call:
     if make is None:
         raise CannotRun(f"{artefact.format} engines do not run on this machine")
     return make(folder / artefact.main, contract)
+
+
+def has_prefill(folder: Path) -> bool:
+    """Whether an engine for prompts lies beside the one for what follows."""
+    return any((folder / name).is_file() for name in PREFILLS)
+
+
+def prefill_runner(
+    folder: Path, artefact: Artefact, contract: Contract, weights: Mapping[str, Tensor]
+) -> Call | None:
+    """What runs the engine that reads prompts densely; None where there is none.
+
+    Args:
+        weights: of the model by name; an AOTInductor package for prompts has none of its own.
+    """
+    onnx, package = (folder / name for name in PREFILLS)
+    if onnx.is_file():
+        return _onnx(onnx, contract)
+    if package.is_file():
+        from .inductor import load
+
+        run = load(package, weights)
+        return lambda given: dict(
+            zip(contract.outputs, run([given[name] for name in contract.inputs]), strict=True)
+        )
+    return None
 
 
 def _onnx(path: Path, contract: Contract) -> Call:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from ...codegen.triton.record import fixed_size
 from ...codegen.triton.workers import Job, check_compiler, compile_jobs
 from ...models.memory.names import known
 from ...runtime.site_layout import SiteLayout
-from ..lower import memory_calls, trace, uncovered
+from ..lower import example_state, memory_calls, trace, uncovered
 from ..progress import bar
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def needed(
     found: dict[KernelSpec, Needed] = {}
     missing: dict[str, None] = {}
     once = {id(graph): graph for graph in graphs.values()}
-    traced = {key: trace(graph, layouts, device, None) for key, graph in once.items()}
+    example = partial(example_state, layouts, device)
+    traced = {key: trace(graph, example, None) for key, graph in once.items()}
     for name, graph in graphs.items():
         for _, _, spec, given in memory_calls({name: traced[id(graph)]}):
             if isinstance(spec, NotCovered):

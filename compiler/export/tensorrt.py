@@ -2,16 +2,16 @@
 
 With torch-tensorrt and a GPU, `model.plan` and perhaps `prefill.plan`, as `tensorrt-rtx` has them.
 Without, a recipe: the inlined ONNX models that TensorRT's parser takes, the same with their memory
-operations as nodes for plug-ins to stand in for, and two ways to build, `build.sh` by trtexec and
-`build.py` by TensorRT's Python module.
+operations as nodes, plug-ins for these, and two ways to build, `build.sh` by trtexec and `build.py`
+by TensorRT's Python module.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import shlex
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ from ...models import portable
 from . import tensorrt_build
 from .contract import Contract
 from .formats import Artefact, this_machine
-from .onnx_model import example
+from .onnx_model import device_of, example
 from .onnx_portable import MAIN, PREFILL, built, functional_graphs
+from .plugin_folder import write_plugins
 from .tensorrt_build import flags, input_shapes, models_of, sizes_for
 from .tensorrt_onnx import check_lists, write_inlined
 from .tensorrt_rtx import PLAN, STATE_NOTE, ranges
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from ..pipeline import Compiled
 
 NODES = ".nodes.onnx"
+PLUGINS = "plugins"
+# Where a recipe's plug-ins have kernels for; each is compiled to PTX, which newer GPUs take too.
+TARGETS = ("cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "cuda:sm_120")
 
 
 def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
@@ -44,7 +48,7 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
 
 def can_build() -> bool:
     """Whether TensorRT and a GPU are here."""
-    found = importlib.util.find_spec("torch_tensorrt") is not None
+    found = find_spec("torch_tensorrt") is not None
     return found and torch.cuda.is_available()
 
 
@@ -94,7 +98,7 @@ def write_engines(folder: Path, compiled: Compiled) -> Artefact:
 
 def standard_program(graph: fx.GraphModule, contract: Contract) -> ExportedProgram:
     """The graph in operators that torch-tensorrt converts, sizes symbolic."""
-    given, axes = example(contract)
+    given, axes = example(contract, device_of(graph))
     program = torch.export.export(graph, tuple(given), dynamic_shapes=tuple(axes))
     texts = {
         **torch.export.default_decompositions(),
@@ -180,10 +184,25 @@ def write_recipe(folder: Path, compiled: Compiled) -> Artefact:
         "nothing of it ran under TensorRT",
         f"build.sh is for {ranges(sizes_for(contract.to_json()))}; build.py --help says how to "
         "change that",
-        f"*{NODES} keep the memory operations as nodes, for plug-ins",
+        plugins_of(folder, contract),
         STATE_NOTE,
     ]
     return Artefact("tensorrt", "tensorrt", MAIN, built(), tuple(notes))
+
+
+def plugins_of(folder: Path, contract: Contract) -> str:
+    """Writes plug-ins for the memory nodes that can be one, and says which those are."""
+    kept = f"*{NODES} keep the memory operations as nodes"
+    if find_spec("triton") is None:
+        return f"{kept}; there are no plug-ins for them, since triton is not installed here"
+    place = folder / PLUGINS
+    place.mkdir()
+    room = contract.capacity.tokens if contract.capacity else None
+    nodes = models_of(folder, nodes=True)
+    made = write_plugins(place, nodes, TARGETS, contract.context or room).made
+    if not made:
+        return f"{kept}; none of them can be a plug-in, see {PLUGINS}/plugins.json"
+    return f"{kept}; build.py --plugins builds {', '.join(made)} as plug-ins (PTX, never run)"
 
 
 def build_script(contract: Contract, models: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -63,15 +64,15 @@ def sizes_for(
     Raises:
         ValueError: a size that the contract excludes.
     """
-    longest = contract["longest_call"]
-    if longest is not None and call is not None and call > longest:
+    limits = [contract[name] for name in ("longest_call", "splits_at", "context")]
+    longest = min((limit for limit in limits if limit is not None), default=None)
+    if call is not None and longest is not None and call > longest:
         raise ValueError(f"{call} tokens in one call; the model takes up to {longest}")
     given = {"batch": batch, "call": call, "capacity": capacity}
     for name, value in given.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give 1 or more")
-    ends = (longest, contract["splits_at"], contract["context"])
-    most = call or min([CALL, *(end for end in ends if end is not None)])
+    most = call or min(CALL, longest or CALL)
     room = contract["capacity"]
     if room is None:
         if capacity is not None:
@@ -142,7 +143,6 @@ def build(
     model: str | os.PathLike[str],
     shapes: Mapping[str, Sequence[Sequence[int]]],
     capabilities: Sequence[str] = (),
-    plugins: Sequence[str] = (),
 ) -> bytes:
     """One engine of an ONNX model.
 
@@ -154,7 +154,6 @@ def build(
         shapes: of `input_shapes`.
         capabilities: of the GPUs it must run on, names of `trt.ComputeCapability` (TensorRT-RTX);
             none: this machine's, or any that TensorRT-RTX knows.
-        plugins: libraries to load into TensorRT's registry first.
 
     Raises:
         RuntimeError: a node that TensorRT does not take, or an engine it cannot build; the node
@@ -163,7 +162,7 @@ def build(
     """
     messages: list[str] = []
 
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -173,8 +172,6 @@ def build(
 
     log = Log()
     builder = trt.Builder(log)
-    for library in plugins:
-        builder.get_plugin_registry().load_library(library)
     # Types are those of the ONNX model: a cache in float16 stays one.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
@@ -225,9 +222,23 @@ def _set_capabilities(trt: Any, config: Any, capabilities: Sequence[str]) -> Non
         config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
 
 
-def models_of(folder: Path) -> list[Path]:
-    """The models without memory nodes, which are named NAME.nodes.onnx."""
-    return sorted(path for path in folder.glob("*.onnx") if "." not in path.stem)
+def models_of(folder: Path, nodes: bool = False) -> list[Path]:
+    """The models of standard operators alone, or those with memory nodes: NAME.nodes.onnx."""
+    wanted = ".nodes" if nodes else ""
+    return sorted(p for p in folder.glob("*.onnx") if Path(p.stem).suffix == wanted)
+
+
+def register(plugins: Path) -> None:
+    """Runs the module that registers a recipe's plug-ins.
+
+    Raises:
+        FileNotFoundError: the recipe has none.
+    """
+    if not plugins.is_file():
+        raise FileNotFoundError(f"{plugins}: not there; this recipe has no plug-ins")
+    spec = importlib.util.spec_from_file_location("memcompile_plugins", plugins)
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -242,22 +253,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--capabilities", default="", help="with --rtx: SM80,SM120, say; none: all it knows"
     )
-    parser.add_argument("--plugin", action="append", default=[], help="library to load; repeatable")
+    parser.add_argument(
+        "--plugins", action="store_true", help="memory operations by the plug-ins of plugins/"
+    )
     given = parser.parse_args(arguments)
     try:
         contract = json.loads((given.folder / "state.json").read_text(encoding="utf-8"))
         trt = find("tensorrt-rtx" if given.rtx else "tensorrt")
-        for model in models_of(given.folder):
+        if given.plugins:
+            register(given.folder / "plugins" / "plugin.py")
+        for model in models_of(given.folder, given.plugins):
+            name = model.name.partition(".")[0]
             sizes = sizes_for(
                 contract,
                 batch=given.batch,
                 call=given.call,
                 capacity=given.capacity,
-                whole=model.stem == "prefill",
+                whole=name == "prefill",
             )
             named = [name for name in given.capabilities.split(",") if name]
-            engine = build(trt, model, input_shapes(contract, sizes), named, given.plugin)
-            plan, scratch = model.with_suffix(".plan"), model.with_suffix(".plan.part")
+            engine = build(trt, model, input_shapes(contract, sizes), named)
+            plan, scratch = (model.with_name(f"{name}.plan{end}") for end in ("", ".part"))
             scratch.write_bytes(engine)
             scratch.replace(plan)
             print(f"{plan}: {len(engine)} bytes, {sizes}")

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from .contract import Contract
 from .driver import Call, Driver
 from .formats import Artefact
-from .onnx_check import _compare, can_run, check_depends, check_interface, check_model
+from .onnx_check import can_run, check_depends, check_interface, check_model, compared
 from .onnx_model import onnx_models, require_onnx
 from .onnx_portable import MAIN, PREFILL, built, functional_graphs, refuse_bfloat16
 from .onnx_served import DECODE_TOKENS, DENSE, POLICY, served
@@ -156,7 +156,7 @@ def check_answers(path: Path, graphs: Mapping[str, fx.GraphModule], contract: Co
         for tensor in contract.state:
             pairs[tensor.input] = (made.state[tensor.input], truth.state[tensor.input])
         for name, (have, want) in pairs.items():
-            error = _compare(f"{path.name}: {name}", have, want, f"call {number + 1}")
+            error = compared(f"{path.name}: {name}", have, want, f"call {number + 1}")
             worst = max(worst, error)
     return worst
 

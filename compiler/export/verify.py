@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,9 @@ from ..manifest import MANIFEST, artefacts, check_artefact, read_manifest
 from ..progress import doing
 from ..results import now
 from .contract import read_contract
-from .driver import Driver
+from .driver import Call, Driver
 from .formats import Artefact, this_machine
-from .runners import CannotRun, runner
+from .runners import CannotRun, has_prefill, prefill_runner, runner
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,11 +66,13 @@ class Trace:
     Attributes:
         tokens, logits: of each call, [B, n] and [B, n, V].
         allowed: rounding of a logit, as eager itself shows it.
+        densely: how many of the calls, from the first, read everything.
     """
 
     tokens: list[Tensor]
     logits: list[Tensor]
     allowed: float
+    densely: int = 0
 
 
 def verify(
@@ -79,7 +81,8 @@ def verify(
     """Runs the exported engines in a folder that memcompile wrote beside eager.
 
     Both are fed the same random prompt in odd chunks, then the token that eager finds likeliest,
-    step by step; one sequence, then three. What came out is noted in the manifest.
+    step by step; one sequence, then three; once more with the prompt read densely, where there is
+    an engine for that. What came out is noted in the manifest.
 
     Args:
         formats: those to run; () runs all.
@@ -104,19 +107,29 @@ def verify(
     for artefact in chosen:
         check_artefact(folder, manifest, artefact)
     with doing("eager"):
-        program = open_compiled(folder, kernels="off").program
-        assert program is not None
+        compiled = open_compiled(folder, kernels="off")
+        program, step = compiled.program, compiled.step
+        assert program is not None and step is not None
         traces = [trace(program, batch, prompt, steps) for batch in BATCHES]
+        if any(has_prefill(folder / artefact.folder) for artefact in chosen):
+            traces += [trace(program, batch, prompt, steps, densely=True) for batch in BATCHES]
+        weights = dict(step.dense.state_dict())
     verdicts = []
     for artefact in chosen:
         with doing(artefact.format):
-            verdicts.append(compare(folder / artefact.folder, artefact, traces))
+            verdicts.append(compare(folder / artefact.folder, artefact, traces, weights))
     _note(folder, manifest, held, verdicts)
     return verdicts
 
 
-def trace(program: Program, batch: int, prompt: int | None, steps: int) -> Trace:
-    """What eager makes of a random prompt and of the tokens it finds likeliest after it."""
+def trace(
+    program: Program, batch: int, prompt: int | None, steps: int, *, densely: bool = False
+) -> Trace:
+    """What eager makes of a random prompt and of the tokens it finds likeliest after it.
+
+    Args:
+        densely: the prompt reads everything, what follows through the policy.
+    """
     limit = program.limit
     if limit is not None:
         steps = min(steps, max(1, limit // 2))
@@ -126,22 +139,25 @@ def trace(program: Program, batch: int, prompt: int | None, steps: int) -> Trace
     generator = torch.Generator().manual_seed(batch)
     tokens = torch.randint(program.vocabulary, (batch, length), generator=generator)
     eager, other = (Engine(program, always_select=True) for _ in range(2))
-    fed: list[Tensor] = []
-    made: list[Tensor] = []
-    noise = scale = 0.0
-    for piece in tokens.split(_pieces(length), 1):
-        fed.append(piece)
-        made.append(eager(piece))
+
+    def read(engine: Engine, piece: Tensor) -> Tensor:
+        return engine.prefill(piece, all_logits=True) if densely else engine(piece)
+
+    fed = [*tokens.split(_pieces(length), 1)]
+    made = [read(eager, piece) for piece in fed]
     # The same tokens split otherwise: what rounding makes of them.
-    whole = other(tokens)
-    noise = max(noise, float((whole.double() - torch.cat(made, 1).double()).abs().max()))
+    whole = read(other, tokens)
+    noise = float((whole.double() - torch.cat(made, 1).double()).abs().max())
+    pieces = len(fed)
     for _ in range(steps):
         fed.append(made[-1][:, -1:].argmax(-1))
         made.append(eager(fed[-1]))
     scale = max(float(logits.double().abs().max()) for logits in made)
-    units = 8 if made[0].dtype.itemsize > 2 else 4
+    # Other compilers sum in another order and have exponentials of their own, layer after layer.
+    # What is lost or misplaced shows at the size of the logits, thousands of times as large.
+    units = 32 if made[0].dtype.itemsize > 2 else 8
     band = units * math.sqrt(len(program.layouts)) * torch.finfo(made[0].dtype).eps * scale
-    return Trace(fed, made, 4 * noise + band)
+    return Trace(fed, made, 4 * noise + band, pieces if densely else 0)
 
 
 def enough(program: Program) -> int:
@@ -160,16 +176,25 @@ def _pieces(length: int) -> list[int]:
     return pieces
 
 
-def compare(folder: Path, artefact: Artefact, traces: Sequence[Trace]) -> Verdict:
-    """One engine against what eager made."""
+def compare(
+    folder: Path, artefact: Artefact, traces: Sequence[Trace], weights: Mapping[str, Tensor]
+) -> Verdict:
+    """One engine, and the one for its prompts, against what eager made.
+
+    Args:
+        weights: of the model, by name, for engines that are given them.
+    """
     verdict = Verdict(artefact.format, "equal")
     if artefact.format == "onnx-genai":
         return Verdict(artefact.format, "not run", "onnxruntime-genai drives it, and no contract")
     contract = read_contract(folder)
     try:
         call = runner(folder, artefact, contract)
+        prefill = prefill_runner(folder, artefact, contract, weights)
         for made in traces:
-            verdict = _follow(verdict, Driver(contract, call, len(made.tokens[0])), made)
+            if not made.densely or prefill is not None:
+                driver = Driver(contract, call, len(made.tokens[0]))
+                verdict = _follow(verdict, driver, made, prefill or call)
     except CannotRun as reason:
         return Verdict(artefact.format, "not run", str(reason))
     except Exception as error:  # a runtime may raise anything; the others are still to be run
@@ -180,8 +205,10 @@ def compare(folder: Path, artefact: Artefact, traces: Sequence[Trace]) -> Verdic
     return verdict
 
 
-def _follow(verdict: Verdict, driver: Driver, made: Trace) -> Verdict:
+def _follow(verdict: Verdict, driver: Driver, made: Trace, prefill: Call) -> Verdict:
+    call = driver.call
     for number, (tokens, expected) in enumerate(zip(made.tokens, made.logits, strict=True)):
+        driver.call = prefill if number < made.densely else call
         got = driver(tokens)
         verdict = _compared(verdict, number, got, expected, made.allowed)
     return verdict

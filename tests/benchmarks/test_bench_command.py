@@ -40,7 +40,7 @@ def numbers(value: Any) -> list[float]:
 def test_the_list_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--list"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    known = "attention-step memories state linear decode backend onnx compile-time"
+    known = "attention-step memories state linear decode backend aoti onnx compile-time"
     assert names == known.split()
     assert all(registry.find(name).name == name for name in names)
 

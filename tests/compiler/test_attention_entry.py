@@ -68,6 +68,10 @@ SPARSE: dict[str, dict[str, Any]] = {
 CACHES = ("static", "dynamic")
 LONG = pytest.mark.long
 FIRST = ("scout", "static")
+GATE = {
+    *(("llama", "scout", "static"), ("llama", "dense", "dynamic"), ("gpt2", "scout", "dynamic")),
+    *(("qwen3", "scout", "static"), ("mistral", "scout", "static")),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +124,7 @@ def stepped(model: Any, cache: Any, tokens: Tensor, at: int, step: int = 1, **mo
         pytest.param(
             *(name, options, cache),
             id=f"{name}-{options['policy']}-{cache}",
-            marks=() if (options is ALL) is (name != "llama" or cache == "static") else LONG,
+            marks=() if (name, options["policy"], cache) in GATE else LONG,
         )
         for name in MODELS
         for options in (DENSE, ALL)

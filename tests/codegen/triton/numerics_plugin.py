@@ -11,6 +11,7 @@ from tolerance import assert_close_to_float64
 from torch import Tensor
 from triton_case import DEVICE
 
+from memcompile.codegen.triton.load import imported
 from memcompile.codegen.triton.plugin import extras_of, known_sizes, plugin_launches, wrapped
 from memcompile.codegen.triton.sizes import evaluate
 from memcompile.compiler.export.plugins import Call, plugin_of
@@ -129,7 +130,7 @@ def test_a_plugin_computes_what_its_node_means(case: str, rows: int) -> None:
     whole = {**values, **plugin.known, **{k: v for k, v in known.items() if isinstance(v, int)}}
     for _, launched in plugin_launches(plugin, TARGET):
         extras = extras_of(launched, known)
-        made = wrapped(plugin, TARGET, launched, extras, known)
+        made = imported(wrapped(plugin, TARGET, launched, extras, known))
         outs = [
             torch.full(x.shape, -7, dtype=o.dtype)
             if o.dtype == torch.int64

@@ -200,6 +200,9 @@ def test_a_refused_model_can_have_its_report(say: Any, without_attention: Path) 
         said = say(command[0], folder, *command[1:])
         assert said.code == 2
         assert "refused: holds no engine: the model was refused; report.html in it" in said.err
+    pytest.importorskip("triton")
+    said = say(*asked[:2], "--target", "cuda:sm_90", "--dry-run")
+    assert said.code == 0 and "no kernels were compiled: nothing was rewritten" in said.out
     kept = say(*asked)
     assert kept.code == 2 and "already exists and is kept; give --force" in kept.err
     assert say(*asked, "--force").code == 0

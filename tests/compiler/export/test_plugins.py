@@ -165,6 +165,17 @@ def test_the_ptx_takes_what_tensorrt_passes(folder: Path, name: str) -> None:
             assert ptx.assemble(text)[:4] == b"\x7fELF"
 
 
+@pytest.mark.long
+def test_every_family_of_gpus_has_them(tmp_path: Path) -> None:
+    onnx.save(model(), tmp_path / "model.nodes.onnx")
+    families = ["cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "cuda:sm_120", "hip:gfx942"]
+    assert write_plugins(tmp_path, [tmp_path / "model.nodes.onnx"], families).made == MADE
+    for entry in index(tmp_path).values():
+        assert [*entry["kernels"]] == families[:-1]
+        for kernel in (kernel for made in entry["kernels"].values() for kernel in made):
+            assert ptx.assemble((tmp_path / kernel["file"]).read_text())[:4] == b"\x7fELF"
+
+
 def test_the_last_parameters_are_dropped_only_where_nothing_reads_them() -> None:
     text = (
         ".version 8.7\n.target sm_90a\n.visible .entry k(\n\t.param .u64 k_param_0,\n"
@@ -291,6 +302,8 @@ def test_nodes_have_names_of_their_own_then(folder: Path) -> None:
     assert kinds == [node.operator + node.overload for node in NODES]
     assert not any(node.overload for node in written.graph.node)
     assert [function.name for function in written.functions] == kinds
+    ahead = [n.op_type for n in written.graph.node if "aot" in [a.name for a in n.attribute]]
+    assert sorted(ahead) == sorted(MADE)
 
 
 def test_what_cannot_be_a_plugin_is_left_with_a_reason(folder: Path) -> None:

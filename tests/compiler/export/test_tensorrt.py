@@ -26,6 +26,7 @@ from memcompile.compiler.export.contract import (
     read_contract,
 )
 from memcompile.compiler.export.formats import emit_all
+from memcompile.compiler.export.plugin_folder import Plugins
 from memcompile.compiler.export.tensorrt_build import (
     Range,
     Sizes,
@@ -132,11 +133,9 @@ class Recorded:
             log.log(2, "chatter")
             return bytearray(b"engine") if self.builds else None
 
-        loaded = SimpleNamespace(load_library=lambda path: self.calls.append(("load", path)))
         profile = SimpleNamespace(set_shape=lambda *given: self.calls.append(given))
         inputs = [SimpleNamespace(name=name) for name in self.inputs]
         return SimpleNamespace(
-            get_plugin_registry=lambda: loaded,
             create_network=lambda given: SimpleNamespace(
                 num_inputs=len(inputs), get_input=lambda i: inputs[i], given=given
             ),
@@ -164,10 +163,9 @@ class Recorded:
 def test_what_tensorrt_is_told() -> None:
     trt = Recorded(["a", "b"])
     shapes = {"b": [[1], [1], [2]], "a": [[1, 1], [1, 2], [2, 3]]}
-    engine = build(trt, Path("x.onnx"), shapes, ["SM80", "SM120"], ["lib.so"])
+    engine = build(trt, Path("x.onnx"), shapes, ["SM80", "SM120"])
     assert engine == b"engine"
     assert trt.calls == [
-        ("load", "lib.so"),
         "x.onnx",
         ("clear", "tf32"),
         ("a", *shapes["a"]),
@@ -311,6 +309,28 @@ def test_build_py_builds_each_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert trt.calls.count(("sm80", 0)) == 2
 
 
+def test_build_py_with_plugins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    CONTRACT.write(tmp_path)
+    for name in ("model.onnx", "model.nodes.onnx", "prefill.nodes.onnx"):
+        (tmp_path / name).touch()
+    trt = Recorded(CONTRACT.inputs)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    given = ["--folder", str(tmp_path), "--plugins"]
+    assert tensorrt_build.main(given) == 1
+    assert "plugin.py: not there; this recipe has no plug-ins" in capsys.readouterr().err
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "plugin.py").write_text(
+        "import tensorrt\ntensorrt.calls.append('registered')\n"
+    )
+    assert tensorrt_build.main(given) == 0
+    assert {p.name for p in tmp_path.glob("*.plan")} == {"model.plan", "prefill.plan"}
+    texts = [call for call in trt.calls if isinstance(call, str)]
+    names = [f"{tmp_path}/{name}.nodes.onnx" for name in ("model", "prefill")]
+    assert texts == ["registered", *names]
+
+
 # --- torch-tensorrt ---
 
 
@@ -428,13 +448,28 @@ def test_without_a_gpu_there_is_a_recipe(monkeypatch: pytest.MonkeyPatch, tmp_pa
         CONTRACT.write(folder)
         return CONTRACT
 
+    def plugins(folder: Path, models: list[Path], targets: Any, most: int) -> Any:
+        assert [path.name for path in models] == ["model.nodes.onnx"]
+        assert most == 9000 and "cuda:sm_90" in targets
+        return Plugins(made=["MemcAttend"])
+
     monkeypatch.setattr(tensorrt, "write_inlined", inlined)
+    monkeypatch.setattr(tensorrt, "write_plugins", plugins)
     artefact = tensorrt.emit(tmp_path, None, None)  # type: ignore[arg-type]
     assert written == [".nodes.onnx"] and artefact.main == "model.onnx"
     assert "a recipe, not built" in artefact.notes[0]
+    assert any("MemcAttend as plug-ins (PTX, never run)" in note for note in artefact.notes)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"model.onnx", "model.nodes.onnx", "state.json", "build.py", "build.sh"}
+    models = {"model.onnx", "model.nodes.onnx", "state.json"}
+    assert names == {*models, "build.py", "build.sh", "plugins"}
     assert os.access(tmp_path / "build.sh", os.X_OK)
+
+
+def test_recipes_without_plugins_say_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tensorrt, "write_plugins", lambda *given: Plugins())
+    assert "none of them can be a plug-in" in tensorrt.plugins_of(tmp_path, CONTRACT)
+    monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)
+    assert "triton is not installed here" in tensorrt.plugins_of(tmp_path, CONTRACT)
 
 
 def test_notes_say_what_was_not_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

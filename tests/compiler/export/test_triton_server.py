@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -24,10 +25,20 @@ from memcompile.compiler.export.contract import Contract, read_contract
 from memcompile.compiler.export.onnx_served import DECODE_TOKENS
 from memcompile.compiler.export.triton_config import config, new_name
 from memcompile.compiler.export.verify import verify
+from memcompile.models.networks.decoders.styles import NanoGpt
 from memcompile.runtime.engine import Engine
 
 VOCABULARY, CONTEXT, PROMPT = 61, 256, 70
 SCOUT = {"policy": "scout", "budget": 32, "page_size": 8, "sinks": 8, "window": 8}
+
+
+class Nano(NanoGpt):
+    """A forward without positions."""
+
+    vocabulary = VOCABULARY
+    context = CONTEXT
+
+
 MODELS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -48,6 +59,7 @@ MODELS: dict[str, Any] = {
         )
     ),
 }
+MODELS["nano"] = lambda: Nano(3)
 PATH = Path("triton-server/model_repository/model")
 
 
@@ -94,9 +106,10 @@ def tokens_of(length: int = 90) -> Tensor:
     return torch.randint(VOCABULARY, (1, length), generator=drawn)
 
 
-def read_by_engine(engine: Engine, tokens: Tensor) -> Tensor:
+def read_by_engine(engine: Engine, tokens: Tensor, dense: bool = True) -> Tensor:
     """Logits [T - PROMPT, V] behind a prompt, one token a call."""
-    logits = [engine.prefill(tokens[:, :PROMPT])]
+    prompt = tokens[:, :PROMPT]
+    logits = [engine.prefill(prompt) if dense else engine(prompt)[:, -1:]]
     logits += [engine(tokens[:, at : at + 1]) for at in range(PROMPT, tokens.shape[1])]
     return torch.cat(logits, 1)[0]
 
@@ -165,6 +178,20 @@ def test_sequences_take_turns_and_are_read_together(served: tuple[str, Any]) -> 
     assert [int(model.held[s]["position"][0, 0]) for s in parts] == [21, 32]
 
 
+def test_more_than_there_is_room_for_is_an_error_and_changes_nothing(
+    served: tuple[str, Any],
+) -> None:
+    model: Model = served[1]["model"]
+    model.start(1)
+    model.run([(1, np.ones((1, CONTEXT - 1), np.int64))])
+    before = {name: value.copy() for name, value in model.held[1].items()}
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument):
+        model.run([(1, np.ones((1, 2), np.int64))])
+    assert all(np.array_equal(model.held[1][name], value) for name, value in before.items())
+    model.run([(1, np.ones((1, 1), np.int64))])
+    assert int(model.held[1]["position"][0, 0]) == CONTEXT
+
+
 def test_what_the_server_says_reaches_the_reader(served: tuple[str, Any]) -> None:
     made = client()
     with pytest.raises(RuntimeError, match=r"404.*unknown model"):
@@ -219,7 +246,7 @@ def test_the_repository_is_what_the_server_looks_for(scout: tuple[Path, Any]) ->
 
 
 def test_verify_runs_the_served_model(scout: tuple[Path, Any]) -> None:
-    (verdict,) = verify(scout[0], prompt=60, steps=6)
+    (verdict,) = verify(scout[0], prompt=50, steps=4)
     assert (verdict.format, verdict.outcome) == ("triton-server", "equal"), verdict.reason
 
 
@@ -294,10 +321,12 @@ def test_a_lost_state_fails_the_export(
     ("name", "policy", "options"),
     [
         ("gpt2", "dense", {"page_size": 8}),
+        ("nano", "scout", {key: SCOUT[key] for key in ("budget", "page_size", "sinks", "window")}),
         ("llama", "window", {"sinks": 8, "window": 16, "page_size": 8}),
         ("llama", "hierarchical", {"levels": (8, 16), "refine": 16, "sinks": 8, "window": 8}),
         ("llama", "hybrid", {"window": 16, "page_size": 8}),
         ("llama", "quest", {"budget": 32, "page_size": 8}),
+        ("llama", "heavy-hitter", {"page_size": 8}),
     ],
 )
 def test_every_memory_is_served(
@@ -313,11 +342,14 @@ def test_every_memory_is_served(
     got += [sequence.feed([token]) for token in ids[PROMPT:]]
     server.shutdown()
     server.server_close()
+    # What lets go of pages has no dense branch: its prompt is read as all else.
+    dense = policy not in ("window", "heavy-hitter")
     plain, exact = (
-        read_by_engine(engine_of(made, dtype), tokens) for dtype in (torch.float32, torch.float64)
+        read_by_engine(engine_of(made, dtype), tokens, dense)
+        for dtype in (torch.float32, torch.float64)
     )
     assert_close_to_float64(torch.from_numpy(np.stack(got)), plain, exact, reduction=90 * 8)
-    if name == "gpt2":
-        assert models["model"].most == 1
+    # Hand-written forwards take no positions: their rows share one.
+    assert models["model"].most == (1 if name == "nano" else triton_server.BATCH)
     (verdict,) = verify(out, prompt=60, steps=4)
     assert verdict.outcome == "equal", verdict.reason
