@@ -26,14 +26,16 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 CONTEXTS = (8192, 32768, 131072)
-# The preset's own defaults, and what reads a thousand tokens and no summary.
+# The preset's own defaults, and what reads a thousand tokens and no summary. The bars are the
+# second's: 2,048 of 8,192 tokens are a quarter, which no form can read in a fifth of the time.
+BARRED = "scout of 1024"
 SCOUTS: dict[str, dict[str, Any]] = {
     "scout": {},
-    "scout of 1024": {"budget": 1024, "compensate": False},
+    BARRED: {"budget": 1024, "compensate": False},
 }
 SMALL: dict[str, dict[str, Any]] = {
     "scout": {"budget": 64, "page_size": 8, "sinks": 8, "window": 16},
-    "scout of 1024": {"budget": 64, "page_size": 8, "sinks": 8, "window": 16, "compensate": False},
+    BARRED: {"budget": 64, "page_size": 8, "sinks": 8, "window": 16, "compensate": False},
 }
 ELEMENTS = {torch.float32: 1, torch.int32: 6, torch.int64: 7}
 PROFILED = 20
@@ -296,8 +298,7 @@ def bars(rows: list[dict[str, Any]]) -> list[Bar]:
         return at[tokens][name]["times_baseline"] if tokens in at else None
 
     return [
-        Bar(f"{name} × the fastest dense form at {tokens}", value(tokens, name), bound)
-        for name in SCOUTS
+        Bar(f"{BARRED} × the fastest dense form at {tokens}", value(tokens, BARRED), bound)
         for tokens, bound in ((8192, 5.0), (131072, 20.0))
     ]
 

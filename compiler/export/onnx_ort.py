@@ -44,6 +44,8 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     notes.insert(0, f"needs onnxruntime {NEEDS} or later; tried on its CPU provider alone")
     if PREFILL in graphs:
         notes.append(f"feed prompts to {PREFILL}, which reads everything, the rest to {MAIN}")
+    if why := no_sparse_attention(compiled.program.layouts):
+        notes.append(f"chosen pages are read by portable nodes on every provider: {why}")
     if error is None:
         notes.append("not run: onnxruntime is not installed here")
     return Artefact("onnx-ort", "onnx-ort", MAIN, built(), tuple(notes))
@@ -73,6 +75,22 @@ def fuse(
     if len({frozenset(names) for names in ordered.values()}) > 1:
         raise RuntimeError(f"{GROUPED} would keep a cache in its own order in one model alone")
     return notes, ordered[MAIN]
+
+
+def no_sparse_attention(layouts: Sequence[SiteLayout]) -> str:
+    """Why `DynamicSparseAttention` of the CUDA provider reads no pages that are chosen here; empty
+    where none are."""
+    choosing = [layout for layout in layouts if layout.memory.score is not None]
+    if not choosing:
+        return ""
+    if any(layout.memory.compensate or layout.memory.levels for layout in choosing):
+        return "DynamicSparseAttention has no input for the summaries of skipped pages"
+    if any(layout.kv_heads > 1 for layout in choosing):
+        return (
+            "DynamicSparseAttention reads one list of tokens for all heads of a sequence, where "
+            "each KV head chooses its own"
+        )
+    return "DynamicSparseAttention is on GPUs alone, where nothing was run"
 
 
 def _why_not(layout: SiteLayout) -> str:
