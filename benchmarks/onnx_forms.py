@@ -43,8 +43,8 @@ def dense_model(name: str, shape: Shape, tokens: int) -> bytes:
     opsets.append(helper.make_opsetid("com.microsoft", 1))
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     checker.check_model(model)
-    made: bytes = model.SerializeToString()
-    return made
+    written: bytes = model.SerializeToString()
+    return written
 
 
 def _constant(name: str, value: Any) -> Any:

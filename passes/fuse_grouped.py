@@ -57,21 +57,21 @@ def _why_not(read: fx.Node, refused: Mapping[str, str]) -> str:
         return "it reads pages that it chooses"
     if bias is not None or pages is not None or slots != size:
         return "it reads records of pages"
-    if _part(keys) is None or _part(values) is None or keys.args[0] is not values.args[0]:  # type: ignore[union-attr]
+    append = _part(keys)
+    if append is None or append is not _part(values):
         return "its keys and values were not written by one append"
     if any(user.target is operator.getitem and user.args[1] == 1 for user in read.users):
         return "its log-sum-exp is needed, to join it with another read"
-    append = keys.args[0]  # type: ignore[union-attr]
-    pinned, window = append.args[9], read.args[10]  # type: ignore[union-attr]
+    pinned, window = append.args[9], read.args[10]
     if pinned > 0 or (pinned == 0 and not window):  # type: ignore[operator]
         return "its cache keeps its first pages and the newest, which no operator knows"
-    held = append.args[4]  # type: ignore[union-attr]
+    held = append.args[4]
     if isinstance(held, fx.Node) and held.name in refused:
         return refused[held.name]
     others = [
         user
         for i in (0, 1)
-        for user in _users(append, i)  # type: ignore[arg-type]
+        for user in _users(append, i)
         if user is not read and user.op != "output"
     ]
     if others:
@@ -113,7 +113,7 @@ def _fuse(graph: fx.Graph, read: fx.Node) -> None:
                 portable.operator("page_records"),
                 (key, position, lengths, *new, index, fields, size, pinned, record_pinned),
             )
-            count = len(fields)  # type: ignore[arg-type]
+            count = len(fields)
             new += [graph.call_function(operator.getitem, (records, i)) for i in range(count)]
     for got in list(append.users):
         got.replace_all_uses_with(new[got.args[1]])  # type: ignore[index]

@@ -82,7 +82,7 @@ def compile_jobs(
     if left:
         # The longest first, so that they do not end alone.
         left.sort(key=lambda job: -len(launches(job.spec, job.target)))
-        cores = most or len(os.sched_getaffinity(0))
+        cores = most or len(os.sched_getaffinity(0))  # triton is for Linux
         answers |= _Pool(min(cores, -(-len(left) // LEAST_JOBS))).run(left, done)
     return answers
 
@@ -92,20 +92,23 @@ class _Pool:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.finished: Queue[tuple[Job, Path | Exception]] = Queue()
+        self.finished: Queue[tuple[Job | None, Path | Exception]] = Queue()
 
     def run(self, jobs: Sequence[Job], done: Callable[[Job], None]) -> dict[Job, Path | NotCovered]:
         waiting = deque(jobs)
         answers: dict[Job, Path | NotCovered] = {}
-        workers: list[_Worker] = []
         # Triton keeps what it compiles, too: once is enough.
         scratch = tempfile.TemporaryDirectory(prefix="memcompile-")
+        workers = [_Worker(waiting, self.finished, scratch.name) for _ in range(self.count)]
         try:
-            for _ in range(self.count):
-                workers.append(_Worker(waiting, self.finished, scratch.name))
+            for worker in workers:
+                worker.thread.start()
             while len(answers) < len(jobs):
                 job, answer = self.finished.get()
-                if isinstance(answer, Exception) and not isinstance(answer, NotCovered):
+                if job is None or (
+                    isinstance(answer, Exception) and not isinstance(answer, NotCovered)
+                ):
+                    assert isinstance(answer, Exception)
                     raise answer
                 answers[job] = answer
                 done(job)
@@ -118,14 +121,44 @@ class _Pool:
 
 
 class _Worker:
+    """A process, started by the thread that serves it: an interrupt, which reaches the main thread
+    alone, cannot come between a process and whoever ends it."""
+
     def __init__(
-        self, waiting: deque[Job], finished: Queue[tuple[Job, Path | Exception]], scratch: str
+        self,
+        waiting: deque[Job],
+        finished: Queue[tuple[Job | None, Path | Exception]],
+        scratch: str,
     ) -> None:
-        self.waiting, self.finished = waiting, finished
+        self.waiting, self.finished, self.scratch = waiting, finished, scratch
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.started = threading.Event()
+        self.process: subprocess.Popen[str] | None = None
+        self.said: IO[bytes] | None = None
+
+    def end(self) -> None:
+        """Ends it, and whatever compiler it has started."""
+        if self.thread.ident is None:
+            return
+        self.started.wait()
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.thread.join()
+        streams: list[IO[Any] | None] = [self.said]
+        if self.process is not None:
+            streams += [self.process.stdin, self.process.stdout]
+        for stream in streams:
+            with contextlib.suppress(OSError):
+                if stream is not None:
+                    stream.close()
+
+    def _start(self) -> None:
         # The same modules as here, whatever this process added to its path; never the interpreter.
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        environment.setdefault("TRITON_CACHE_DIR", scratch)
+        environment.setdefault("TRITON_CACHE_DIR", self.scratch)
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 (`end` closes it)
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.worker"],
@@ -137,21 +170,15 @@ class _Worker:
             env=environment,
             start_new_session=True,  # so that what it starts ends with it
         )
-        self.thread = threading.Thread(target=self._serve, daemon=True)
-        self.thread.start()
-
-    def end(self) -> None:
-        """Ends it, and whatever compiler it has started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.thread.join()
-        for stream in (self.process.stdin, self.process.stdout, self.said):
-            with contextlib.suppress(OSError):
-                if stream is not None:
-                    stream.close()
 
     def _serve(self) -> None:
+        try:
+            self._start()
+        except OSError as error:
+            self.finished.put((None, error))
+            return
+        finally:
+            self.started.set()
         while True:
             try:
                 job = self.waiting.popleft()
@@ -161,6 +188,7 @@ class _Worker:
 
     def _ask(self, job: Job) -> Path | Exception:
         asked = {"spec": job.spec.to_json(), "target": job.target, "width": job.width}
+        assert self.process is not None and self.said is not None
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
         line = _exchange(stdin, stdout, json.dumps(asked))

@@ -29,7 +29,7 @@ from .onnx_check import check_model
 from .onnx_fused import TRANSLATIONS
 from .onnx_model import DOMAIN, OPSET, clean, exported, require_onnx, translation_table
 from .onnx_ort import fuse
-from .onnx_portable import MAIN, built, refuse_bfloat16
+from .onnx_portable import MAIN, built, refuse_bfloat16_among
 from .onnx_write import write_models
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     graph = make_functional(step.policy, sites, program.ragged)
     notes, _ = fuse({MAIN: graph}, program.layouts)
     given, axes = _example(program.layouts)
-    refuse_bfloat16(given, graph)
+    refuse_bfloat16_among([layout.dtype for layout in program.layouts], graph)
     model = exported(
         _Masked(graph, program.ragged).eval(),
         given,

@@ -38,7 +38,7 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     """Writes the format `onnx-ort`; see `formats.emit_all`."""
     assert compiled.program is not None
     contract, graphs = functional_graphs(compiled, delta=True)
-    refuse_bfloat16(contract.state, graphs[MAIN])
+    refuse_bfloat16(contract, graphs[MAIN])
     notes, opaque = fuse(graphs, compiled.program.layouts)
     error = write_checked(folder, contract, graphs, translations=TRANSLATIONS, opaque=opaque)
     notes.insert(0, f"needs onnxruntime {NEEDS} or later; tried on its CPU provider alone")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ...passes.contiguous_state import make_functional
-from .contract import Contract, StateTensor, contract_of, places_of, prefill_of
+from .contract import Contract, contract_of, places_of, prefill_of
 from .formats import Artefact, this_machine
 from .onnx_check import (
     can_run,
@@ -36,7 +36,7 @@ MAIN, PREFILL = "model.onnx", "prefill.onnx"
 def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     """Writes the format `onnx`; see `formats.emit_all`."""
     contract, graphs = functional_graphs(compiled)
-    refuse_bfloat16(contract.state, graphs[MAIN])
+    refuse_bfloat16(contract, graphs[MAIN])
     error = write_checked(folder, contract, graphs)
     notes = ["any onnxruntime runs it; only its CPU provider was tried"]
     if PREFILL in graphs:
@@ -67,14 +67,18 @@ def functional_graphs(
     return contract_of(program, sites), graphs
 
 
-def refuse_bfloat16(state: Iterable[Tensor | StateTensor], graph: torch.nn.Module) -> None:
+def refuse_bfloat16(contract: Contract, graph: torch.nn.Module) -> None:
     """Refuses what onnxruntime has no kernels for on a CPU.
 
     Raises:
         ValueError: weights or state are bfloat16.
     """
-    held = [x.dtype if isinstance(x, Tensor) else x.torch_dtype for x in state]
-    held += [x.dtype for x in (*graph.parameters(), *graph.buffers())]
+    refuse_bfloat16_among([tensor.torch_dtype for tensor in contract.state], graph)
+
+
+def refuse_bfloat16_among(state: Iterable[torch.dtype], graph: torch.nn.Module) -> None:
+    """`refuse_bfloat16` of a state without a contract."""
+    held = [*state, *(x.dtype for x in (*graph.parameters(), *graph.buffers()))]
     if torch.bfloat16 in held:
         raise ValueError(
             "the model is bfloat16, for which onnxruntime has no kernels on CPUs; convert it with "

@@ -64,15 +64,15 @@ def sizes_for(
     Raises:
         ValueError: a size that the contract excludes.
     """
-    longest = contract["longest_call"]
-    if longest is not None and call is not None and call > longest:
+    limits = [contract[name] for name in ("longest_call", "splits_at", "context")]
+    longest = min((limit for limit in limits if limit is not None), default=None)
+    if call is not None and longest is not None and call > longest:
         raise ValueError(f"{call} tokens in one call; the model takes up to {longest}")
     given = {"batch": batch, "call": call, "capacity": capacity}
     for name, value in given.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give 1 or more")
-    ends = (longest, contract["splits_at"], contract["context"])
-    most = call or min([CALL, *(end for end in ends if end is not None)])
+    most = call or min(CALL, longest or CALL)
     room = contract["capacity"]
     if room is None:
         if capacity is not None:

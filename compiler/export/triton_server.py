@@ -40,7 +40,7 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     """Writes the format `triton-server`; see `formats.emit_all`."""
     require_onnx()
     contract, graphs = functional_graphs(compiled)
-    refuse_bfloat16(contract.state, graphs[MAIN])
+    refuse_bfloat16(contract, graphs[MAIN])
     models = onnx_models(graphs, contract)
     for file, model in models.items():
         check_interface(model, contract, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import json
 import os
@@ -228,6 +229,17 @@ def test_what_a_process_cannot_compile_is_an_error(
         compile_needed([Needed(COMBINE, {None})], ["hip:gfx942"])
 
 
+def test_a_process_that_cannot_be_started_is_an_error(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any, **options: Any) -> Any:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", none)
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        compile_needed([Needed(COMBINE, {None})], ["hip:gfx942"])
+
+
 def test_what_a_process_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from memcompile.codegen.triton import worker
 
@@ -386,8 +398,7 @@ def test_an_interrupt_ends_the_compilers(network: Path, tmp_path: Path, whole: b
         deadline = time.monotonic() + 120
         while not started and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.05)
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-            started = [pid for pid in children.split() if b"triton.worker" in command_of(pid)]
+            started = [pid for pid in children_of(process.pid) if b"worker" in command_of(pid)]
         assert started, process.communicate()
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
@@ -399,7 +410,16 @@ def test_an_interrupt_ends_the_compilers(network: Path, tmp_path: Path, whole: b
         assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in said, said
         assert said.count("Traceback") == 1, said  # its own: none of a thread
     assert [path.name for path in tmp_path.iterdir()] in (["cache"], [])
-    assert not any(b"triton.worker" in command_of(pid) for pid in started)
+    assert not any(b"worker" in command_of(pid) for pid in started)
+
+
+def children_of(pid: int) -> list[str]:
+    """Of all its threads."""
+    found: list[str] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread may end
+            found += file.read_text().split()
+    return found
 
 
 def command_of(pid: str) -> bytes:

@@ -6,6 +6,7 @@ Nothing here runs an engine: that takes a GPU.
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,6 @@ RTX = pytest.importorskip(
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).resolve().parents[3]
-BYTES_SMALL = ROOT / "models/networks/checkpoints/bytes-small"
 TORCH_TENSORRT = ROOT / ".venv-tensorrt"
 CASES = Path(__file__).parent / "torch_tensorrt_case.py"
 
@@ -61,7 +61,6 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"window": 16, "page_size": 8, "state_layers": (0,), "decay": "gate"},
     ),
 }
-READS_ALL_OF_ITS_PROMPT = {"dense", "window", "hierarchical-forgets", "heavy-hitter"}
 
 
 def llama(dtype: torch.dtype) -> torch.nn.Module:
@@ -216,25 +215,28 @@ def test_the_longest_list_is_tensorrts(tmp_path: Path) -> None:
                 tensorrt_build.build(RTX, tmp_path / "m.onnx", shapes, ["SM80"])
 
 
-def test_from_the_command_line(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert (
-        main(
-            [
-                *(str(BYTES_SMALL), "--policy", "window", "--out", str(out), "--quiet"),
-                *("--emit", "tensorrt-rtx,tensorrt", "--max-context", "512"),
-            ]
-        )
-        == OK
-    )
-    manifest = json.loads((out / "manifest.json").read_text())
-    first, second = manifest["artefacts"]
-    assert first["format"] == "tensorrt-rtx" and first["main"] == "model.plan"
-    assert second["format"] == "tensorrt" and second["main"] == "model.onnx"
-    for artefact in (first, second):
-        assert artefact["run"] is None and artefact["verified"] is None
-        assert (out / artefact["folder"] / artefact["main"]).is_file()
-    assert "not run" in first["notes"][0] and "not built" in second["notes"][0]
+def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a machine without a GPU runs."""
+    monkeypatch.chdir(tmp_path)
+    lines = (ROOT / "docs/shipping/tensorrt.md").read_text().splitlines()
+    told = {}
+    for line in lines:
+        if line.startswith("memcompile "):
+            words = shlex.split(line.replace("models/networks", str(ROOT / "models/networks")))
+            assert main([*words[1:], "--quiet", "--kernels", "off"]) == OK
+            out = Path(words[words.index("--out") + 1])
+            (artefact,) = json.loads((out / "manifest.json").read_text())["artefacts"]
+            assert artefact["run"] is None and artefact["verified"] is None
+            assert (out / artefact["folder"] / artefact["main"]).is_file()
+            told[artefact["format"]] = artefact
+    assert told["tensorrt-rtx"]["main"] == "model.plan"
+    assert "not run" in told["tensorrt-rtx"]["notes"][0]
+    assert told["tensorrt"]["main"] == "model.onnx"
+    assert "not built" in told["tensorrt"]["notes"][0]
+    (line,) = (line for line in lines if line.startswith("python ") and "--rtx" in line)
+    subprocess.run([sys.executable, *shlex.split(line)[1:]], check=True)
+    plans = {p.name for p in Path("shipped-trt/tensorrt").glob("*.plan")}
+    assert plans == {"model.plan", "prefill.plan"}
 
 
 @pytest.mark.skipif(
