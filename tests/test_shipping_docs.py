@@ -100,11 +100,13 @@ def test_every_format_has_a_page() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_guide_runs(shipped: Path) -> None:
     assert (shipped / "onnx/model.onnx").is_file()
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # some build several packages, on two busy cores
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page)], ids=lambda path: path.stem
 )
