@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,15 +21,16 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from ...models import portable
+from ..archive import one_line
 from . import tensorrt_build
 from .contract import Contract
 from .formats import Artefact, this_machine
 from .onnx_model import device_of, example
 from .onnx_portable import MAIN, PREFILL, built, functional_graphs
 from .plugin_folder import write_plugins
-from .tensorrt_build import flags, input_shapes, models_of, sizes_for
+from .tensorrt_build import Sizes, flags, input_shapes, models_of, sizes_for
 from .tensorrt_onnx import check_lists, write_inlined
-from .tensorrt_rtx import PLAN, STATE_NOTE, ranges
+from .tensorrt_rtx import PLAN, STATE_NOTE, build_plans, ranges
 
 if TYPE_CHECKING:
     from ..pipeline import Compiled
@@ -56,14 +58,46 @@ def can_build() -> bool:
 
 
 def write_engines(folder: Path, compiled: Compiled) -> Artefact:
-    """Engines by torch-tensorrt, of standard operators.
+    """Engines of standard operators, by torch-tensorrt.
+
+    What it does not convert, TensorRT's ONNX parser reads; the notes then say why.
 
     Raises:
         NotRewritten: a memory that has no portable form.
-        RuntimeError: an operator that torch-tensorrt does not take, or an engine that lost a part
-            of its state.
+        RuntimeError: an operator that neither takes.
         ValueError: lists of pages that are longer than TensorRT can choose.
     """
+    try:
+        return _converted(folder, compiled)
+    except RuntimeError as error:
+        reason = one_line(error)
+    for path in folder.iterdir():
+        path.unlink()
+    trt = tensorrt_build.find("tensorrt")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        contract = write_inlined(Path(scratch), compiled)
+        sizes = build_plans(folder, Path(scratch), contract, trt)
+    contract.write(folder)
+    way = f"by TensorRT's ONNX parser, since torch-tensorrt did not convert the model: {reason}"
+    return _engines(folder, sizes, way, {"tensorrt": trt.__version__})
+
+
+def _engines(folder: Path, sizes: Sizes, way: str, versions: dict[str, str]) -> Artefact:
+    notes = [
+        "built, not run",
+        f"for {torch.cuda.get_device_name()} and no other kind of GPU",
+        f"for {ranges(sizes)}",
+        way,
+        STATE_NOTE,
+    ]
+    if (folder / PREFILL).with_suffix(PLAN).exists():
+        notes.append("feed prompts to prefill.plan, which reads everything, the rest to model.plan")
+    main = Path(MAIN).with_suffix(PLAN).name
+    return Artefact("tensorrt", "tensorrt", main, {**this_machine(), **versions}, tuple(notes))
+
+
+def _converted(folder: Path, compiled: Compiled) -> Artefact:
+    """Engines by torch-tensorrt."""
     import torch_tensorrt
 
     contract, graphs = functional_graphs(compiled)
@@ -83,17 +117,8 @@ def write_engines(folder: Path, compiled: Compiled) -> Artefact:
         check_names(engine, named)
         (folder / name).with_suffix(PLAN).write_bytes(engine)
     named.write(folder)
-    notes = [
-        "built, not run",
-        f"for {torch.cuda.get_device_name()} and no other kind of GPU",
-        f"for {ranges(sizes)}",
-        STATE_NOTE,
-    ]
-    if PREFILL in graphs:
-        notes.append("feed prompts to prefill.plan, which reads everything, the rest to model.plan")
-    made = {**this_machine(), "torch_tensorrt": torch_tensorrt.__version__}
-    main = Path(MAIN).with_suffix(PLAN).name
-    return Artefact("tensorrt", "tensorrt", main, made, tuple(notes))
+    version = torch_tensorrt.__version__
+    return _engines(folder, sizes, "by torch-tensorrt", {"torch_tensorrt": version})
 
 
 def standard_program(graph: fx.GraphModule, contract: Contract) -> ExportedProgram:

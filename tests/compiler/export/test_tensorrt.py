@@ -428,6 +428,34 @@ def test_an_engine_that_lost_a_part(
         tensorrt.check_names(b"engine", CONTRACT)
 
 
+def test_what_torch_tensorrt_does_not_convert(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """TensorRT's own parser builds it, and the notes say why."""
+
+    def converted(folder: Path, compiled: Any) -> Any:
+        (folder / "model.plan").write_bytes(b"half")
+        (folder / "prefill.plan").write_bytes(b"half")
+        raise RuntimeError("Conversion of aten::odd\nis not supported")
+
+    def inlined(folder: Path, compiled: Any) -> Contract:
+        (folder / "model.onnx").touch()
+        return CONTRACT
+
+    trt = Recorded(CONTRACT.inputs)
+    trt.__version__ = "11"  # type: ignore[attr-defined]
+    monkeypatch.setattr(tensorrt_build, "find", lambda name: trt)
+    monkeypatch.setattr(tensorrt, "_converted", converted)
+    monkeypatch.setattr(tensorrt, "write_inlined", inlined)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    artefact = tensorrt.write_engines(tmp_path, None)  # type: ignore[arg-type]
+    assert {p.name for p in tmp_path.iterdir()} == {"model.plan", "state.json"}
+    assert (tmp_path / "model.plan").read_bytes() == b"engine"
+    assert read_contract(tmp_path) == CONTRACT
+    assert any("torch-tensorrt did not convert" in x and "aten::odd" in x for x in artefact.notes)
+    assert artefact.built["tensorrt"] == "11" and artefact.notes[0] == "built, not run"
+
+
 def test_engines_take_a_gpu_and_torch_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", fake_torch_tensorrt([]))
