@@ -47,4 +47,4 @@ def test_the_pages_work_by_copy_and_paste(tmp_path: Path) -> None:
     export, *rest = program.splitlines()
     assert export.partition(" --emit ")[0] == build.partition(" --emit ")[0].strip()
     said = run("bash", "-ec", "\n".join(rest))  # the engine is there already
-    assert len(said.split()) == 32
+    assert len(said.splitlines()[-1].split()) == 32  # below what cmake says
