@@ -59,7 +59,9 @@ def self_check(
         # Rounding errors of successive layers add up like a random walk. In 16 bit both sides sum
         # in float32 and round what they store, which takes fewer units of that type.
         units = 8 if full.dtype.itemsize > 2 else 4
-        band = units * math.sqrt(len(program.layouts)) * torch.finfo(full.dtype).eps * scale
+        # So do those of a sum, which here has as many terms as there are keys.
+        walk = math.sqrt(len(program.layouts) * max(1, total / 16))
+        band = units * walk * torch.finfo(full.dtype).eps * scale
         # A forward that looks ahead, or at the length, differs from its own prefix by far more
         # than rounding does.
         if noise > max(band, 0.005 * scale):

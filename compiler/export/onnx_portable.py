@@ -63,7 +63,10 @@ def functional_graphs(
     graphs = {MAIN: make_functional(step.policy, sites, program.ragged, delta)}
     dense = prefill_of(step, program)
     if dense is not None:
-        graphs[PREFILL] = make_functional(dense, sites, program.ragged, delta)
+        prompt = make_functional(dense, sites, program.ragged, delta)
+        # A state is written by another kernel for many rows, which is the same operator here.
+        if prompt.code != graphs[MAIN].code:
+            graphs[PREFILL] = prompt
     return contract_of(program, sites), graphs
 
 

@@ -159,3 +159,10 @@ def test_explain_names_node_reason_and_rule():
     assert "not known to keep tokens apart" in declined.reason
     assert declined.source.rpartition(":")[0].endswith(".py")
     assert str(declined) in str(report) or declined.reason in str(report)
+
+
+def test_a_whole_context_of_float32_passes_its_self_check() -> None:
+    """Rounding grows with the keys that are summed over: 512 of them here."""
+    folder = Path(__file__).parents[2] / "models/networks/checkpoints/bytes-small"
+    made = build(folder, "dense", dtype="float32", max_context=512, kernels="off")
+    assert made.report.self_check is not None and made.report.self_check["tokens"] > 512

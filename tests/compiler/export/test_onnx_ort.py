@@ -98,6 +98,7 @@ def test_a_delta_rule_and_a_dense_layer(tmp_path: Path) -> None:
     compiled, artefact = emitted(tmp_path / "onnx-ort", llama(), "hybrid", **options)
     kinds = nodes(tmp_path / "onnx-ort")
     assert kinds.count("GroupQueryAttention") == kinds.count("LinearAttention") == 1
+    assert not (tmp_path / "onnx-ort" / "prefill.onnx").exists(), "the one model does for both"
     told = " ".join(artefact.notes)
     assert "1 reads by GroupQueryAttention" in told
     assert "its log-sum-exp is needed" in told
