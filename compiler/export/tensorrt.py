@@ -146,8 +146,9 @@ def _put_rows(cache: Tensor, at: Tensor, new: Tensor) -> Tensor:
 
 
 def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    values, order = torch.topk(scores, count, -1)
-    return values, order
+    # torch-tensorrt ranks in float32 and gives that; pages are exact in it up to 2**24.
+    values, order = torch.topk(scores.to(torch.float32), count, -1)
+    return values.to(scores.dtype), order
 
 
 def inputs_of(

@@ -243,14 +243,12 @@ def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     not TORCH_TENSORRT.is_dir(),
     reason="torch-tensorrt-rtx is not in .venv-tensorrt: make test-long",
 )
-@pytest.mark.parametrize("name", ["dense", "scout", "hybrid-gate"])
-def test_torch_tensorrt_converts_every_operator(name: str, tmp_path: Path) -> None:
-    """The call of `tensorrt.write_engines`, by the torch-tensorrt of TensorRT-RTX.
+def test_torch_tensorrt_converts_every_operator_of_dense(tmp_path: Path) -> None:
+    """The first way of `tensorrt.write_engines`, by the torch-tensorrt of TensorRT-RTX.
 
     In a process of its own: it takes a machine with a GPU to import, so the test pretends one.
     """
-    policy, options = POLICIES[name]
-    told = json.dumps([policy, options])
+    told = json.dumps(POLICIES["dense"])
     ran = subprocess.run(
         [sys.executable, str(CASES), str(TORCH_TENSORRT), str(tmp_path), told],
         capture_output=True,
