@@ -57,8 +57,9 @@ def self_check(
             noise = max(noise, _difference(prefix, full[:, :length]))
         scale = float(full.double().abs().max())
         # Rounding errors of successive layers add up like a random walk. In 16 bit both sides sum
-        # in float32 and round what they store, which takes fewer units of that type.
-        units = 8 if full.dtype.itemsize > 2 else 4
+        # in float32 and round what they store, which takes fewer units of that type. What is wrong
+        # rather than rounded is off by hundreds of times as much.
+        units = 32 if full.dtype.itemsize > 2 else 4
         # So do those of a sum, which here has as many terms as there are keys.
         walk = math.sqrt(len(program.layouts) * max(1, total / 16))
         band = units * walk * torch.finfo(full.dtype).eps * scale
