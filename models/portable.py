@@ -1,6 +1,6 @@
 """The operations on contiguous state as operators, so that a graph of them can be exported.
 
-Namespace `memcompile_portable`. Their texts, `memory/contiguous.py`, are what they mean on every
+Namespace `memcompile_portable`. Their texts, `contiguous/`, are what they mean on every
 device, and what they decompose to where a target has no node of its own for them (`TEXTS`).
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import contiguous, fused
+from . import contiguous
+from .contiguous import fused
 from .memory.paged import combine, wide
 
 NAMESPACE = "memcompile_portable"

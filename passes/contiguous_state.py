@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..models import portable
-from ..models.memory import contiguous, lists
+from ..models import contiguous, portable
+from ..models.memory import lists
 from ..models.memory.places import Place, SitePlaces, contiguous_names
 from ..models.memory.site import state_names
 from .graph_tools import aten

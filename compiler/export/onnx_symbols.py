@@ -1,6 +1,6 @@
 """Stand-ins for tensors that write what is done with them as ONNX nodes.
 
-The texts of `models/memory/contiguous.py` are run on these: each operation that the texts use is
+The texts of `models/contiguous/` are run on these: each operation that the texts use is
 one or two standard nodes here, repeated ones once. A size that only a running engine knows is a
 `Size`, which is no `int`: whatever would take it for a number raises, and nothing is baked in.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ...models.memory import contiguous
+from ...models import contiguous
 from .onnx_recorder import Recorder, Size, broadcast, numpy_of, product, ratio
 
 if TYPE_CHECKING:

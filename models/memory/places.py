@@ -11,7 +11,7 @@ from .spec import Memory
 
 @dataclass(frozen=True)
 class Place:
-    """How one table's pages are laid out, see `contiguous.py`.
+    """How one table's pages are laid out, see `models/contiguous/`.
 
     Attributes:
         size: tokens a page, or a record of a level.

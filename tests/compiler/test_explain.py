@@ -112,4 +112,5 @@ def test_unknown_names_are_refused_with_the_known_ones(call: object, network: Pa
 
 def test_the_face_lists_the_policies_and_has_nothing_else() -> None:
     assert memcompile.policies() == sorted(PRESETS)
-    assert sorted(memcompile.__all__) == ["compile", "explain", "graphs", "invalidate", "policies"]
+    named = "compile explain export graphs invalidate policies register_attention"
+    assert sorted(memcompile.__all__) == named.split()

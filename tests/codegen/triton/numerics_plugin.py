@@ -1,4 +1,4 @@
-"""Plug-ins' kernels against what their nodes mean, `models/memory/contiguous.py`: run by
+"""Plug-ins' kernels against what their nodes mean, `models/contiguous/`: run by
 test_numerics.py under Triton's interpreter, or on a GPU."""
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from memcompile.compiler.pipeline import build
 
 # Two exports, each of which stops in the midst of its package.
 EXPORTS = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
 sys.path.insert(0, sys.argv[2])
 from aoti_case import llama
 from memcompile.compiler.export import inductor

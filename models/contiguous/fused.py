@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .contiguous import append, attend
-from .recurrent import recurrence
+from ..memory.recurrent import recurrence
+from .reading import attend
+from .writing import append
 
 
 def grouped_attention(

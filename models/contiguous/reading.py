@@ -1,0 +1,223 @@
+"""Keys and values of contiguous state, read by one softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..memory.paged import NEGATIVE_INFINITY
+from .pages import FAR, LOWEST, columns_of, iota, pages_in, query_rows, rows_of, standing
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    pages: Tensor | None,
+    exclude: bool,
+    position: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float,
+    window: int,
+    size: int,
+    slots: int,
+    pinned: int,
+) -> tuple[Tensor, Tensor]:
+    """`attend` of `ops.py`.
+
+    Args:
+        keys, values: [B, Hkv, columns * slots, D].
+        bias: [B, Hkv, columns * slots], added to the logits.
+        pages: int64 [B, Hkv, n, S] of distinct pages, -1 = none, or None.
+        size: tokens a page; each of its slots stands for size // slots of them.
+    """
+    if pages is not None and not exclude:
+        return _attend_listed(
+            query, keys, values, bias, pages, position, lengths, scale, softcap, window,
+            size, slots, pinned,
+        )  # fmt: skip
+    logits = _logits(query, keys, bias, scale, softcap)
+    visible = _visible(keys, pages, position, lengths, query.shape[2], window, size, slots, pinned)
+    weights, seen, lse = _weights(torch.where(visible[:, :, None], logits, LOWEST))
+    group, n = logits.shape[2:4]
+    out = (weights.flatten(2, 3) @ values.to(weights.dtype)).unflatten(2, (group, n))
+    return torch.where(seen, out, 0).flatten(1, 2), lse.flatten(1, 2)
+
+
+def attend_page_lse(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    account: Tensor,
+    position: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float,
+    window: int,
+    size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend.page_lse` of `ops.py` over the pages whose account [B, Hkv, columns] is not -1."""
+    logits = _logits(query, keys, None, scale, softcap)
+    visible = _visible(keys, None, position, lengths, query.shape[2], window, size, size, -1)
+    visible = visible & (account >= 0).repeat_interleave(size, 2)[:, :, None]
+    weights, seen, lse = _weights(torch.where(visible[:, :, None], logits, LOWEST))
+    group, n = logits.shape[2:4]
+    out = (weights.flatten(2, 3) @ values.to(weights.dtype)).unflatten(2, (group, n))
+    by_page = torch.where(visible[:, :, None], logits, NEGATIVE_INFINITY).unflatten(4, (-1, size))
+    peak = by_page.amax(-1).clamp_min(LOWEST)
+    page_lse = (by_page - peak[..., None]).exp().sum(-1).log() + peak
+    return torch.where(seen, out, 0).flatten(1, 2), lse.flatten(1, 2), page_lse.flatten(1, 2)
+
+
+def summaries(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    page_logits: Tensor,
+    value_mean: Tensor,
+    log_count: Tensor,
+    position: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """`attend.summaries` of `ops.py`: the listed pages, every other full one as one key.
+
+    Args:
+        value_mean: [B, Hkv, columns, Dv]; log_count: [B, Hkv, columns, 1].
+    """
+    heads, n = keys.shape[1], query.shape[2]
+    exact, value = _listed(
+        query, keys, values, None, pages, position, lengths, scale, softcap, 0, size, size, -1
+    )
+    rest = _capped(page_logits.unflatten(1, (heads, -1)) * scale, softcap)
+    rest = rest + log_count.to(rest.dtype).squeeze(-1)[:, :, None, None]
+    visible = _visible(value_mean, pages, position, lengths, n, 0, size, 1, -1)
+    # One softmax over both: [B, Hkv, n, G, S*size + columns].
+    rest = torch.where(visible[:, :, None], rest, LOWEST).transpose(2, 3)
+    weights, seen, lse = _weights(torch.cat([exact, rest], -1))
+    listed = exact.shape[-1]
+    by_page = weights[..., listed:].transpose(2, 3)  # [B, Hkv, G, n, columns]
+    out = weights[..., :listed] @ value
+    others = (by_page.flatten(2, 3) @ value_mean.to(weights.dtype)).unflatten(2, by_page.shape[2:4])
+    out = torch.where(seen, out + others.transpose(2, 3), 0)
+    return out.transpose(2, 3).flatten(1, 2), lse.transpose(2, 3).flatten(1, 2)
+
+
+def _attend_listed(
+    query: Tensor, keys: Tensor, values: Tensor, *given: Any
+) -> tuple[Tensor, Tensor]:
+    """`_listed`, read: out and lse."""
+    logits, value = _listed(query, keys, values, *given)
+    weights, seen, lse = _weights(logits)
+    out = torch.where(seen, weights @ value, 0)
+    return out.transpose(2, 3).flatten(1, 2), lse.transpose(2, 3).flatten(1, 2)
+
+
+def _listed(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    pages: Tensor,
+    position: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float,
+    window: int,
+    size: int,
+    slots: int,
+    pinned: int,
+) -> tuple[Tensor, Tensor]:
+    """Logits of listed pages [B, Hkv, n, G, S*slots], LOWEST where nothing is seen, and their
+    values [B, Hkv, n, S*slots, Dv]."""
+    heads = keys.shape[1]
+    rows = query_rows(query, heads).transpose(2, 3)  # [B, Hkv, n, G, D]
+    paged = [x.unflatten(2, (-1, slots)) for x in (keys, values)]
+    columns = paged[0].shape[2]
+    column = columns_of(pages.clamp_min(0), columns, pinned).clamp_max(columns - 1)
+    key, value = (rows_of(x, column).to(rows.dtype).flatten(3, 4) for x in paged)
+    logits = _capped((rows * scale) @ key.transpose(-1, -2), softcap)  # [B, Hkv, n, G, S*slots]
+    if bias is not None:
+        added = rows_of(bias.unflatten(2, (-1, slots)), column).flatten(3)
+        logits = logits + added[:, :, :, None].to(logits.dtype)
+    token, live = standing(position, lengths, query.shape[2])
+    there = (pages >= 0) & live[:, None, :, None]
+    if pinned < 0:
+        there = there & (pages < columns)
+    # Tokens of each page before the query's own; a slot is seen once its last token is.
+    before = torch.where(there, token[:, None, :, None] - pages * size, -1)[..., None]
+    last = (iota(slots, query) + 1) * (size // slots) - 1
+    visible = before >= last  # [B, Hkv, n, S, slots]
+    if window:
+        visible = visible & (before - window < last)
+    return torch.where(visible.flatten(3)[:, :, :, None], logits, LOWEST), value
+
+
+def _logits(
+    query: Tensor, keys: Tensor, bias: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """[B, Hkv, G, n, m] of every key; the group folded into rows, so that keys are read once."""
+    rows = query_rows(query, keys.shape[1])
+    group, n = rows.shape[2:4]
+    flat = (rows.flatten(2, 3) * scale) @ keys.to(rows.dtype).transpose(-1, -2)
+    logits: Tensor = _capped(flat, softcap).unflatten(2, (group, n))
+    return logits if bias is None else logits + bias[:, :, None, None].to(logits.dtype)
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+def _visible(
+    keys: Tensor,
+    excluded: Tensor | None,
+    position: Tensor,
+    lengths: Tensor,
+    n: int,
+    window: int,
+    size: int,
+    slots: int,
+    pinned: int,
+) -> Tensor:
+    """Which slots each row sees: bool [B, 1 or Hkv, n, columns * slots]."""
+    columns = keys.shape[2] // slots
+    token, live = standing(position, lengths, n)
+    if pinned < 0:
+        # Columns not yet written hold tokens to come.
+        last = (iota(keys.shape[2], position) + 1) * (size // slots) - 1
+    else:
+        page = pages_in(position, lengths, columns, size, pinned)
+        last = (page[..., None] * slots + iota(slots, page) + 1) * (size // slots) - 1
+        last = torch.where(page[..., None] >= 0, last, FAR).flatten(1)[:, None]
+    visible = (token[..., None] >= last) & live[..., None]  # [B, n, columns * slots]
+    if window:
+        visible = visible & (token[..., None] - window < last)
+    visible = visible[:, None]
+    if excluded is None:
+        return visible
+    at = columns_of(excluded.clamp_min(0), columns, pinned)
+    at = at.masked_fill((excluded < 0) | (at >= columns), columns)
+    mark = token.new_zeros((*excluded.shape[:3], columns + 1), dtype=torch.float32)
+    mark = mark.scatter(3, at, torch.ones_like(at, dtype=mark.dtype))[..., :columns]
+    return visible & (mark == 0).repeat_interleave(slots, 3)
+
+
+def _weights(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax of logits that are LOWEST where nothing is seen, whether a row sees anything, and the
+    log-sum-exp, -inf where it does not.
+
+    Runtimes have a softmax as one operator; what it divided by follows from its largest weight.
+    """
+    # Not -inf: a row of it alone has no softmax.
+    peak = logits.amax(-1, keepdim=True)
+    weights = torch.nn.functional.softmax(logits, dim=-1)
+    seen = peak > LOWEST
+    lse = torch.where(seen, peak - weights.amax(-1, keepdim=True).log(), NEGATIVE_INFINITY)
+    return weights, seen, lse.squeeze(-1)
