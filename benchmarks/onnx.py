@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import export
 from ..models.memory import preset
+from ..runtime import huge_pages
 from . import bandwidth
 from .attention_step import Shape, floor_bytes
 from .memories import OneAttention
@@ -48,6 +49,8 @@ def session(model: str | bytes, profile: bool = False) -> InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    # Six sessions take turns: a worker that spins after its own would run beside another's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
@@ -118,8 +121,14 @@ def caches(shape: Shape, tokens: int, states: int) -> list[tuple[Tensor, Tensor]
         few = (1, shape.kv_heads, min(tokens, 4096), shape.dim)
         pair = []
         for _ in range(2):
-            drawn = torch.randn(few, generator=draw).repeat(1, 1, -(-tokens // few[2]), 1)
-            pair.append(drawn[:, :, :tokens].contiguous())
+            # In 2 MB pages, as long-lived buffers of a server are, for every form alike.
+            held = huge_pages.zeros(
+                (1, shape.kv_heads, tokens, shape.dim), torch.float32, torch.device("cpu")
+            )
+            drawn = torch.randn(few, generator=draw)
+            for start in range(0, tokens, few[2]):
+                held[:, :, start : start + few[2]] = drawn[:, :, : tokens - start]
+            pair.append(held)
         made.append((pair[0], pair[1]))
     return made
 
