@@ -37,15 +37,16 @@ for attempt in range(2):
         write(sys.argv[1], compiled, emit=["aoti-portable"])
     except KeyboardInterrupt:
         print("interrupted", flush=True)
+        sys.stdin.readline()  # until it has been seen that nothing is left
 """
 
 
 def test_nothing_is_half_written(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = (sys.executable, "-c", EXPORTS, out, Path(__file__).parent)
-    with subprocess.Popen(
-        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([*map(str, command)], text=True, **pipes) as running:  # type: ignore[call-overload]
+        assert running.stdin is not None
         assert running.stdout is not None and running.stderr is not None
         assert running.stdout.readline() == "half\n", running.stderr.read()
         (scratch,) = tmp_path.iterdir()  # a folder of another name until it is whole
@@ -53,6 +54,8 @@ def test_nothing_is_half_written(tmp_path: Path) -> None:
         os.kill(running.pid, signal.SIGINT)
         assert running.stdout.readline() == "interrupted\n", running.stderr.read()
         assert not list(tmp_path.iterdir())
+        running.stdin.write("\n")
+        running.stdin.flush()
         assert running.stdout.readline() == "half\n", running.stderr.read()
         os.kill(running.pid, signal.SIGKILL)
     (left,) = tmp_path.iterdir()
