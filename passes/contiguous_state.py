@@ -318,7 +318,8 @@ class _Functional(_Rewriter):
                 [
                     Declined(
                         "a delta rule needs its rows one after the other, for which standard "
-                        "operations have no form; export aoti, or a policy with write='additive'",
+                        "operations have no form; export aoti or onnx-ort, or a policy with "
+                        "write='additive'",
                         "state_step",
                         "export",
                     )
