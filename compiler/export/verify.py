@@ -156,7 +156,8 @@ def trace(
     # Other compilers sum in another order and have exponentials of their own, layer after layer.
     # What is lost or misplaced shows at the size of the logits, thousands of times as large.
     units = 32 if made[0].dtype.itemsize > 2 else 8
-    band = units * math.sqrt(len(program.layouts)) * torch.finfo(made[0].dtype).eps * scale
+    walk = math.sqrt(len(program.layouts) * max(1, length / 16))  # as in the self-check
+    band = units * walk * torch.finfo(made[0].dtype).eps * scale
     return Trace(fed, made, 4 * noise + band, pieces if densely else 0)
 
 

@@ -47,7 +47,8 @@ class Engine:
         while start < whole:
             size = min(self.contract["longest_call"] or whole, whole - start)
             if self.contract["splits_at"]:
-                size = min(size, -self.position[0] % self.contract["splits_at"] or size)
+                every = self.contract["splits_at"]
+                size = min(size, every - int(self.position[0]) % every)
             piece = np.ascontiguousarray(tokens[:, start : start + size])
             made.append(self.call(piece, session or self.step))
             start += size

@@ -73,7 +73,7 @@ def test_an_engine_that_is_eagers_equal(folder: Path, capsys: pytest.CaptureFixt
     assert main(["verify", str(folder), "--prompt-tokens", "200", "--steps", "5", "--json"]) == OK
     first, second = json.loads(capsys.readouterr().out)["engines"]
     assert first["format"] == "onnx" and first["outcome"] == "equal" and not first["changed"]
-    assert 0 <= first["largest"] <= first["allowed"] < 1e-3
+    assert 0 <= first["largest"] <= first["allowed"] < 1e-2
     assert first["tokens"] == (1 + 3) * 205 and first["calls"] == 2 * (7 + 5)
     assert second["outcome"] == "not run"
     assert second["reason"] == "tensorrt engines do not run on this machine"
