@@ -132,7 +132,7 @@ def memory(contract: dict[str, Any], tokens: int) -> list[Tensor]:
 
 
 def bars(rows: list[dict[str, Any]]) -> list[Bar]:
-    """What issue 7 asks: an export costs nothing."""
+    """What is asked of a package: that an export costs nothing."""
     at = {(row["policy"], row["context"]): row["times_engine"] for row in rows}
     asked = [(name, tokens) for name in POLICIES for tokens in CONTEXTS]
     return [

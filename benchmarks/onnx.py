@@ -300,7 +300,7 @@ def at_context(
 
 
 def bars(rows: list[dict[str, Any]]) -> list[Bar]:
-    """What issue 7 asks of ONNX, on what was measured."""
+    """What is asked of ONNX, on what was measured."""
     at = {row["context"]: row["scouts"] for row in rows}
 
     def value(tokens: int, name: str) -> float | None:

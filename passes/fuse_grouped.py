@@ -18,7 +18,7 @@ RULE = "fuse_grouped"
 
 
 def fuse_grouped(module: fx.GraphModule, refused: Mapping[str, str] | None = None) -> PassResult:
-    """Fuses what can be fused in a graph of `contiguous_state.make_functional`, in place.
+    """Fuses what can be fused in a graph of `make_functional`, in place.
 
     Args:
         refused: inputs of keys, by name, whose sites the runtime cannot take, and why.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...codegen.cpp import ship
 from ...codegen.spec import KernelSpec
-from ...passes.contiguous_state import make_paged
+from ...passes.make_paged import make_paged
 from ..lower import SIXTEEN, Traced, load_linear, memory_calls, put_kernels, uncovered
 from ..report import Lowered
 from . import against_graph, inductor

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ...passes.contiguous_state import make_functional
+from ...passes.make_functional import make_functional
 from . import against_graph, inductor
 from .contract import Contract, contract_of, places_of
 from .formats import Artefact, this_machine

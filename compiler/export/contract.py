@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +120,7 @@ class Contract:
 
     def in_place(self) -> Contract:
         """The same for an engine that updates its state in place."""
-        return self._with(lambda tensor: tensor.input)
-
-    def _with(self, output: Any) -> Contract:
-        values = {**self.__dict__}
-        values["state"] = tuple(
-            StateTensor(**{**t.__dict__, "output": output(t)}) for t in self.state
-        )
-        return Contract(**values)
+        return replace(self, state=tuple(replace(t, output=t.input) for t in self.state))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.memory.places import Place, SitePlaces
-from ...passes.contiguous_state import make_functional
+from ...passes.make_functional import make_functional
 from ...passes.result import Declined, NotRewritten
 from ...runtime.site_layout import SiteLayout
 from ..folder import tokenizer_files

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ...passes.contiguous_state import make_functional
+from ...passes.make_functional import make_functional
 from .contract import Contract, contract_of, places_of, prefill_of
 from .formats import Artefact, this_machine
 from .onnx_check import (

@@ -164,7 +164,7 @@ class _Bound:
     """
 
     def __init__(self, path: Path, contract: Contract) -> None:
-        self.session = _load(path)
+        self.session = load_model(path)
         self.contract = contract
         given = {value.name for value in self.session.get_inputs()}
         made = {value.name: value for value in self.session.get_outputs()}
@@ -220,7 +220,13 @@ class _Bound:
         self.bound[name, output] = where
 
 
-def _load(path: Path) -> InferenceSession:
+def load_model(path: Path) -> InferenceSession:
+    """An ONNX model under onnxruntime's CPU provider, with as many threads as torch has.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+        ValueError: it cannot be loaded.
+    """
     try:
         import onnxruntime
     except ImportError:

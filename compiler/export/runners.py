@@ -34,10 +34,22 @@ def runner(folder: Path, artefact: Artefact, contract: Contract) -> Call:
         CannotRun: this machine lacks what it needs, or it is none that a contract drives.
         RuntimeError: it should run here and does not load.
     """
-    make = RUNNERS.get(artefact.format)
-    if make is None:
-        raise CannotRun(f"{artefact.format} engines do not run on this machine")
-    return make(folder / artefact.main, contract)
+    check_drives(artefact)
+    try:
+        return RUNNERS[artefact.format](folder / artefact.main, contract)
+    except ImportError as reason:  # onnxruntime is not installed
+        raise CannotRun(str(reason)) from None
+
+
+def check_drives(artefact: Artefact) -> None:
+    """Whether a contract drives engines of this format on any machine like this one.
+
+    Raises:
+        CannotRun: none does.
+    """
+    if artefact.format not in RUNNERS:
+        usual = f"{artefact.format} engines do not run on this machine"
+        raise CannotRun(OTHERS.get(artefact.format, usual))
 
 
 def has_prefill(folder: Path) -> bool:
@@ -67,13 +79,9 @@ def prefill_runner(
 
 
 def _onnx(path: Path, contract: Contract) -> Call:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise CannotRun("onnxruntime is not installed: pip install memcompile[onnx]") from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    from .onnx_session import load_model
+
+    session = load_model(path)
 
     def call(given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         feed = {name: tensor.numpy() for name, tensor in given.items()}
@@ -100,10 +108,6 @@ def _aoti(path: Path, contract: Contract) -> Call:
 
 
 def _served(path: Path, contract: Contract) -> Call:
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError:
-        raise CannotRun("onnxruntime is not installed: pip install memcompile[onnx]") from None
     from .triton_server import served_call
 
     return served_call(path.parent / "1/model.onnx", contract)
@@ -113,6 +117,8 @@ def _flat(made: Any) -> list[Tensor]:
     return [made] if isinstance(made, Tensor) else [*made]
 
 
+# What is driven otherwise.
+OTHERS = {"onnx-genai": "onnxruntime-genai drives it, and no contract"}
 RUNNERS: dict[str, Callable[[Path, Contract], Call]] = {
     "aoti": _aoti,
     "aoti-portable": _aoti,

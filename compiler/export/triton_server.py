@@ -22,6 +22,7 @@ from .onnx_check import can_run, check_depends, check_interface, check_model, co
 from .onnx_model import onnx_models, require_onnx
 from .onnx_portable import MAIN, PREFILL, built, functional_graphs, refuse_bfloat16
 from .onnx_served import DECODE_TOKENS, DENSE, POLICY, served
+from .onnx_session import load_model
 from .onnx_write import write_models
 from .triton_config import LAST, TYPES, config, new_name
 
@@ -101,11 +102,7 @@ def served_call(path: Path, contract: Contract) -> Call:
     Args:
         contract: `served_contract`.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = load_model(path)
     moved = new_name(contract.position)
     names = [*contract.outputs, LAST, moved]
 

@@ -20,7 +20,7 @@ from ..results import now
 from .contract import read_contract
 from .driver import Call, Driver
 from .formats import Artefact, this_machine
-from .runners import CannotRun, has_prefill, prefill_runner, runner
+from .runners import CannotRun, check_drives, has_prefill, prefill_runner, runner
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -186,8 +186,10 @@ def compare(
         weights: of the model, by name, for engines that are given them.
     """
     verdict = Verdict(artefact.format, "equal")
-    if artefact.format == "onnx-genai":
-        return Verdict(artefact.format, "not run", "onnxruntime-genai drives it, and no contract")
+    try:
+        check_drives(artefact)
+    except CannotRun as reason:
+        return Verdict(artefact.format, "not run", str(reason))
     contract = read_contract(folder)
     try:
         call = runner(folder, artefact, contract)

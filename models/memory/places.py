@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .site import state_names
 from .spec import Memory
 
 
@@ -51,16 +52,17 @@ class SitePlaces:
 
 def contiguous_names(memory: Memory) -> list[str]:
     """Names of one site's contiguous state: those of `state_names` without tables."""
-    names = ["keys", "values"]
-    if memory.levels:
-        names += [f"{name}_{size}" for size in memory.levels for name in memory.fields]
-    else:
-        names += [f"index_{name}" for name in memory.fields]
-    if memory.account is not None:
-        names.append("account")
-    if memory.state is not None:
-        names += ["state", "norm"] if memory.state.normalised else ["state"]
-    return names
+    return [contiguous_name(name) for name in state_names(memory) if not is_table(name)]
+
+
+def contiguous_name(name: str) -> str:
+    """What a tensor of `state_names`, no table, is called in contiguous state."""
+    return {"key_pages": "keys", "value_pages": "values"}.get(name, name)
+
+
+def is_table(name: str) -> bool:
+    """Whether one of `state_names` is a table."""
+    return name == "page_table" or name.startswith("table_")
 
 
 def splits_at(memories: Iterable[Memory]) -> int | None:

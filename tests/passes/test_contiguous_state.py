@@ -26,7 +26,8 @@ from memcompile.compiler.export.contract import (
 )
 from memcompile.compiler.export.driver import Driver
 from memcompile.compiler.pipeline import Compiled, build
-from memcompile.passes.contiguous_state import make_functional, make_paged
+from memcompile.passes.make_functional import make_functional
+from memcompile.passes.make_paged import make_paged
 from memcompile.passes.result import NotRewritten
 
 VOCABULARY = 97

@@ -10,8 +10,8 @@ from memcompile.compiler.export.contract import contract_of, places_of
 from memcompile.compiler.export.driver import Driver
 from memcompile.compiler.pipeline import Compiled, build
 from memcompile.models.networks.decoders.frame import PositionedDecoder
-from memcompile.passes.contiguous_state import make_functional
 from memcompile.passes.fuse_grouped import fuse_grouped
+from memcompile.passes.make_functional import make_functional
 
 SCOUT = {"page_size": 8, "budget": 32, "sinks": 8, "window": 8, "dense_layers": 1}
 LEVELS = {"levels": (8, 32, 64), "sinks": 8, "window": 16, "refine": 16, "dense_layers": 1}

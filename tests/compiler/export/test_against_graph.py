@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from memcompile.compiler.export import against_graph, aoti_portable, inductor
 from memcompile.compiler.export.contract import Contract, contract_of, places_of
 from memcompile.compiler.pipeline import build
-from memcompile.passes.contiguous_state import make_functional, make_paged
+from memcompile.passes.make_functional import make_functional
+from memcompile.passes.make_paged import make_paged
 
 POLICIES: dict[str, dict[str, Any]] = {
     "scout": SCOUT,

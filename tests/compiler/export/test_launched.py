@@ -19,7 +19,7 @@ from memcompile.compiler.export.contract import contract_of, places_of
 from memcompile.compiler.export.launched import launched
 from memcompile.compiler.lower import Traced, memory_calls
 from memcompile.compiler.pipeline import build
-from memcompile.passes.contiguous_state import make_paged
+from memcompile.passes.make_paged import make_paged
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's kernels are not traced"

@@ -20,7 +20,7 @@ from memcompile.compiler.export.formats import Artefact, known_formats
 from memcompile.compiler.export.runners import CannotRun
 from memcompile.compiler.package import write
 from memcompile.compiler.pipeline import Compiled, build
-from memcompile.passes.contiguous_state import make_functional
+from memcompile.passes.make_functional import make_functional
 
 ROOT = Path(__file__).resolve().parents[3]
 BYTES_SMALL = ROOT / "models/networks/checkpoints/bytes-small"
