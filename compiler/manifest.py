@@ -95,14 +95,21 @@ def listed(folder: Path) -> list[Artefact]:
 
 
 def check_artefact(folder: Path, manifest: dict[str, Any], artefact: Artefact) -> None:
-    """Finds every file of an exported engine to be the one that the manifest describes.
+    """Finds every file of an exported engine to be the one that the manifest describes, and none
+    beside them: some are loaded because they are there.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_manifest`.
+        FileNotFoundError, ValueError: as `read_manifest`; a file that it does not list.
     """
+    inside = f"{artefact.folder}/"
     for name, told in manifest["files"].items():
-        if name.startswith(f"{artefact.folder}/"):
+        if name.startswith(inside):
             _check_file(folder, name, told)
+    there = [file for file in (folder / artefact.folder).rglob("*") if not file.is_dir()]
+    names = [file.relative_to(folder).as_posix() for file in there]
+    for name in (*sorted(names), inside + artefact.main):
+        if name not in manifest["files"]:
+            raise ValueError(f"{folder / name}: {MANIFEST} does not list it, and it may be loaded")
 
 
 def _check_file(folder: Path, name: str, told: Any) -> None:

@@ -29,6 +29,11 @@ from .output import show, show_json
     metavar="N",
     help="Tokens generated after it.",
 )
+@click.option(
+    "--trust-native",
+    is_flag=True,
+    help="Run AOTInductor packages although native code can do anything.",
+)
 @options.as_json
 @options.quiet
 def verify(
@@ -36,6 +41,7 @@ def verify(
     only: str | None,
     prompt_tokens: int | None,
     steps: int,
+    trust_native: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -47,7 +53,7 @@ def verify(
     from ..export.verify import table, verify
 
     formats = known_formats([name.strip() for name in only.split(",")] if only is not None else [])
-    verdicts = verify(folder, formats, prompt=prompt_tokens, steps=steps)
+    verdicts = verify(folder, formats, prompt=prompt_tokens, steps=steps, trust_native=trust_native)
     if as_json:
         show_json({"engines": [verdict.to_json() for verdict in verdicts]})
     elif not quiet:

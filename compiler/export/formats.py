@@ -78,7 +78,9 @@ class Artefact:
             made = cls(**{**data, "notes": tuple(data["notes"])})
         except (TypeError, KeyError) as error:
             raise ValueError(f"damaged: an artefact is {data!r:.120}") from error
-        if made.format not in FORMATS or Path(made.folder).name != made.folder:
+        names = (made.format, made.folder, made.main)
+        plain = all(isinstance(name, str) and name for name in names)
+        if not plain or made.format not in FORMATS or Path(made.folder).name != made.folder:
             raise ValueError(f"damaged: an artefact is {data!r:.120}")
         return made
 

@@ -34,19 +34,24 @@ def runner(folder: Path, artefact: Artefact, contract: Contract) -> Call:
         CannotRun: this machine lacks what it needs, or it is none that a contract drives.
         RuntimeError: it should run here and does not load.
     """
-    check_drives(artefact)
+    check_drives(artefact, True)
     try:
         return RUNNERS[artefact.format](folder / artefact.main, contract)
     except ImportError as reason:  # onnxruntime is not installed
         raise CannotRun(str(reason)) from None
 
 
-def check_drives(artefact: Artefact) -> None:
-    """Whether a contract drives engines of this format on any machine like this one.
+def check_drives(artefact: Artefact, trust_native: bool) -> None:
+    """Whether a contract drives engines of this format here, and may.
+
+    Args:
+        trust_native: engines that are native code may run.
 
     Raises:
-        CannotRun: none does.
+        CannotRun: none does, or may not.
     """
+    if artefact.format in NATIVE and not trust_native:
+        raise CannotRun("it is native code, which can do anything: --trust-native runs it")
     if artefact.format not in RUNNERS:
         usual = f"{artefact.format} engines do not run on this machine"
         raise CannotRun(OTHERS.get(artefact.format, usual))
@@ -117,6 +122,7 @@ def _flat(made: Any) -> list[Tensor]:
     return [made] if isinstance(made, Tensor) else [*made]
 
 
+NATIVE = ("aoti", "aoti-portable")
 # What is driven otherwise.
 OTHERS = {"onnx-genai": "onnxruntime-genai drives it, and no contract"}
 RUNNERS: dict[str, Callable[[Path, Contract], Call]] = {

@@ -76,7 +76,12 @@ class Trace:
 
 
 def verify(
-    folder: Path, formats: Sequence[str] = (), *, prompt: int | None = None, steps: int = 64
+    folder: Path,
+    formats: Sequence[str] = (),
+    *,
+    prompt: int | None = None,
+    steps: int = 64,
+    trust_native: bool = False,
 ) -> list[Verdict]:
     """Runs the exported engines in a folder that memcompile wrote beside eager.
 
@@ -89,6 +94,7 @@ def verify(
         prompt: its tokens; None: so many that every memory leaves something out, as far as the
             model's context goes.
         steps: tokens generated.
+        trust_native: run AOTInductor packages, too, which are native code.
 
     Raises:
         FileNotFoundError, ValueError: it is no such folder, a file of it was changed, or it holds
@@ -117,6 +123,11 @@ def verify(
     verdicts = []
     for artefact in chosen:
         with doing(artefact.format):
+            try:
+                check_drives(artefact, trust_native)
+            except CannotRun as reason:
+                verdicts.append(Verdict(artefact.format, "not run", str(reason)))
+                continue
             verdicts.append(compare(folder / artefact.folder, artefact, traces, weights))
     _note(folder, manifest, held, verdicts)
     return verdicts
@@ -186,10 +197,6 @@ def compare(
         weights: of the model, by name, for engines that are given them.
     """
     verdict = Verdict(artefact.format, "equal")
-    try:
-        check_drives(artefact)
-    except CannotRun as reason:
-        return Verdict(artefact.format, "not run", str(reason))
     contract = read_contract(folder)
     try:
         call = runner(folder, artefact, contract)

@@ -184,6 +184,53 @@ def test_changed_files_are_refused(folder: Path, capsys: pytest.CaptureFixture[s
     assert "onnx/engine" in said and "cut off or changed" in said
 
 
+def test_native_code_runs_with_consent_alone(
+    compiled: Compiled,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ran = []
+
+    def emit(place: Path, compiled: Compiled, source: Path | None) -> Artefact:
+        assert compiled.program is not None
+        contract_of(compiled.program, places_of(compiled.program)).write(place)
+        (place / "engine.pt2").touch()
+        return Artefact(place.name, place.name, "engine.pt2", {})
+
+    def make(path: Path, contract: Contract) -> Any:
+        ran.append(path.name)
+        raise CannotRun("no more than asked for")
+
+    monkeypatch.setattr(formats, "emitter", lambda name: emit)
+    monkeypatch.setattr(runners, "RUNNERS", {"aoti": make})
+    out = tmp_path / "out"
+    write(out, compiled, emit=["aoti"])
+    command = ["verify", str(out), "--prompt-tokens", "9", "--steps", "1", "--json"]
+    assert main(command) == OK
+    (told,) = json.loads(capsys.readouterr().out)["engines"]
+    assert told["outcome"] == "not run" and "--trust-native" in told["reason"] and not ran
+    assert main([*command, "--trust-native"]) == OK
+    assert ran == ["engine.pt2"]
+
+
+def test_files_that_nobody_lists_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "onnx/prefill.onnx").touch()
+    said = refused(["verify", str(folder), "--only", "onnx"], capsys)
+    assert "onnx/prefill.onnx: manifest.json does not list it, and it may be loaded" in said
+    (folder / "onnx/prefill.onnx").unlink()
+    told = json.loads((folder / "manifest.json").read_text())
+    told["artefacts"][0]["main"] = "../../elsewhere"
+    (folder / "manifest.json").write_text(json.dumps(told))
+    said = refused(["verify", str(folder), "--only", "onnx"], capsys)
+    assert "elsewhere: manifest.json does not list it" in said
+    told["artefacts"][0]["folder"] = ""
+    (folder / "manifest.json").write_text(json.dumps(told))
+    assert "damaged: an artefact is" in refused(["verify", str(folder)], capsys)
+
+
 def test_a_damaged_contract_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="expected the folder of an exported engine"):
         read_contract(tmp_path)
