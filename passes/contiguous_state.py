@@ -122,10 +122,14 @@ class Rewriter(ABC):
             elif any(source in self.slots for source in node.all_input_nodes):
                 self.rewrite(node)
             else:
-                self.copied[node] = self.graph.node_copy(node, lambda n: self.copied[n])
+                self.copied[node] = self.keep(node)
         self.graph.eliminate_dead_code(is_impure_node=writes)
         self.graph.lint()
         return fx.GraphModule(self.step, self.graph, "Step")
+
+    def keep(self, node: fx.Node) -> fx.Node:
+        """Copies an operation that touches no state."""
+        return self.graph.node_copy(node, lambda n: self.copied[n])
 
     @abstractmethod
     def rewrite(self, node: fx.Node) -> None:

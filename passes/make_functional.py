@@ -38,6 +38,12 @@ class _Functional(Rewriter):
             )
         self.copied[node] = read(self, *node.args)
 
+    def keep(self, node: fx.Node) -> fx.Node:
+        # Reads are merged apart from any state, in an operation that no target has either.
+        if node.target is ops.combine.default:
+            return self.new("combine", *self.old(node.args))
+        return super().keep(node)
+
     def old(self, value: Any) -> Any:
         """An argument of the step graph, as it stands in this one."""
         return fx.node.map_arg(

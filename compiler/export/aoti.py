@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...codegen.cpp import ship
+from ...codegen.cpp.loader import NAMESPACE
 from ...codegen.spec import KernelSpec
 from ...passes.make_paged import make_paged
 from ..lower import SIXTEEN, Traced, load_linear, memory_calls, put_kernels, uncovered
@@ -53,6 +54,7 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
         specs |= found
         if device.type == "cuda":
             traced = launched(traced, found)
+        inductor.check_operations(traced, () if device.type == "cuda" else (NAMESPACE,))
         inductor.compile_package(traced, folder / name)
         engine = inductor.on(device, inductor.load(folder / name, traced.weights))
         eager = inductor.on(device, inductor.eager(paged))

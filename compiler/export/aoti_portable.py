@@ -35,6 +35,7 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     for name, graph in inductor.graphs(step, program).items():
         flat = in_place(make_functional(graph, sites, program.ragged), contract)
         traced = inductor.trace_flat(flat, contract, device)
+        inductor.check_operations(traced)
         inductor.compile_package(traced, folder / name)
         engine = inductor.on(device, inductor.load(folder / name, traced.weights))
         eager = inductor.on(device, inductor.eager(flat))

@@ -11,7 +11,7 @@ import itertools
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .contract import Contract, prefill_of
 
 PACKAGE = "engine.pt2"
 PREFILL = "prefill.pt2"
+TORCH = ("aten", "prims", "prim")
 X86 = ("x86_64", "amd64")
 # Any x86 machine of the last ten years, not this one; our kernels choose for themselves.
 BASELINE = {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
@@ -112,6 +113,26 @@ def _not_one(guard: Any) -> bool:
     symbols = sorted(guard.free_symbols, key=str)
     tries = itertools.product(_SIZES, repeat=len(symbols))
     return all(guard.subs(dict(zip(symbols, sizes, strict=True))) == sympy.true for sizes in tries)
+
+
+def check_operations(traced: Traced, beside: Collection[str] = ()) -> None:
+    """A process that has loaded nothing of ours has torch's own operations alone; here, where
+    others are registered, a package that calls them would work all the same.
+
+    Args:
+        beside: namespaces that come in a library beside the package.
+
+    Raises:
+        RuntimeError: the step calls an operation of another namespace.
+    """
+    for node in traced.graph.graph.nodes:
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            continue
+        if target.namespace not in (*TORCH, *beside):
+            raise RuntimeError(
+                f"the step calls {target}, which no process has that loads the package alone"
+            )
 
 
 def with_weights(traced: Traced) -> fx.GraphModule:

@@ -190,8 +190,6 @@ def translation_table(
 ) -> dict[Any, Translation]:
     """What stands in the place of each operator of `models.portable`; see `onnx_model`."""
     table = {portable.operator(name): _as_node(name) for name in NODES}
-    # Reads of several kinds of pages are merged by an operator that has no state to be rewritten.
-    table[torch.ops.memcompile.combine.default] = _as_node("combine")
     for name, translation in (translations or {}).items():
         table[portable.operator(name)] = _checked(name, translation)
     return table

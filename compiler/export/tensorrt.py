@@ -128,7 +128,6 @@ def standard_program(graph: fx.GraphModule, contract: Contract) -> ExportedProgr
     texts = {
         **torch.export.default_decompositions(),
         **portable.TEXTS,
-        torch.ops.memcompile.combine.default: portable.TEXTS[portable.operator("combine")],
         # It takes one index, and no sort of more than 3840.
         portable.operator("put_rows"): _put_rows,
         portable.operator("largest"): _largest,

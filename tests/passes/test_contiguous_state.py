@@ -150,6 +150,17 @@ def test_other_networks(name: str, case: str) -> None:
     assert_follows(compiled(name, case))
 
 
+@pytest.mark.parametrize("case", list(CASES))
+def test_no_operation_is_left_that_targets_do_not_know(case: str) -> None:
+    made = compiled("llama", case)
+    assert made.program is not None and made.step is not None
+    for step in (made.step.policy, made.step.dense):
+        graph = make_functional(step, places_of(made.program), made.program.ragged).graph
+        called = [node.target for node in graph.nodes if node.op == "call_function"]
+        kinds = {op.namespace for op in called if isinstance(op, torch._ops.OpOverload)}
+        assert kinds == {"aten", "memcompile_portable"}
+
+
 def test_states_of_fixed_size_do_not_grow() -> None:
     made = compiled("llama", "window")
     assert made.program is not None

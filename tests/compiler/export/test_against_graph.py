@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -149,3 +150,17 @@ def test_conditions_on_sizes() -> None:
         assert inductor._not_one(guard), guard
     for guard in (sympy.Ne(batch, 4), rows // 8 < 2, sympy.Eq(batch * rows, 6), batch < rows):
         assert not inductor._not_one(guard), guard
+
+
+def test_a_package_that_is_not_self_contained_is_refused() -> None:
+    """In this process the operation is there, and nothing that runs here would miss it."""
+    contract = Contract("tokens", "position", None, "logits", (), None, None, None, None, 9)
+    graph = fx.Graph()
+    tokens, _ = graph.placeholder("tokens"), graph.placeholder("position")
+    wide = graph.call_function(torch.ops.aten.to.dtype, (tokens, torch.float32))
+    merged = graph.call_function(torch.ops.memcompile.combine.default, ([wide], [wide]))
+    graph.output((graph.call_function(operator.getitem, (merged, 0)),))
+    traced = inductor.trace_flat(fx.GraphModule({}, graph), contract, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"calls memcompile\.combine\.default, which no process"):
+        inductor.check_operations(traced)
+    inductor.check_operations(traced, ("memcompile",))
