@@ -56,13 +56,7 @@ def self_check(
             prefix = _full(forward, tokens[:, :length], takes_position_ids)
             noise = max(noise, _difference(prefix, full[:, :length]))
         scale = float(full.double().abs().max())
-        # Rounding errors of successive layers add up like a random walk. In 16 bit both sides sum
-        # in float32 and round what they store, which takes fewer units of that type. What is wrong
-        # rather than rounded is off by hundreds of times as much.
-        units = 32 if full.dtype.itemsize > 2 else 4
-        # So do those of a sum, which here has as many terms as there are keys.
-        walk = math.sqrt(len(program.layouts) * max(1, total / 16))
-        band = units * walk * torch.finfo(full.dtype).eps * scale
+        band = scale * rounding(full.dtype, len(program.layouts), total)
         # A forward that looks ahead, or at the length, differs from its own prefix by far more
         # than rounding does.
         if noise > max(band, 0.005 * scale):
@@ -183,3 +177,20 @@ def _stepped(program: Program, tokens: Tensor, split: Sequence[int], read: str) 
 
 def _difference(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max())
+
+
+def rounding(dtype: torch.dtype, layers: int, keys: int, units: int = 4) -> float:
+    """What rounding makes of logits, as a part of the largest of them.
+
+    Errors of successive layers add up like a random walk, and so do those of a sum, which has as
+    many terms as there are keys. In 16 bit, sums are float32 and only what is stored is rounded,
+    which takes fewer units and does not grow with the terms. What is wrong rather than rounded
+    is off by hundreds of times as much.
+
+    Args:
+        keys: at most, that a query reads.
+        units: in the last place, that a layer of a 16-bit network adds.
+    """
+    if dtype.itemsize > 2:
+        units, layers = 32, layers * max(1, keys // 16)
+    return units * math.sqrt(layers) * torch.finfo(dtype).eps

@@ -17,6 +17,7 @@ from ...runtime.engine import Engine, Program
 from ..manifest import MANIFEST, artefacts, check_artefact, read_manifest
 from ..progress import doing
 from ..results import now
+from ..self_check import rounding
 from .contract import read_contract
 from .driver import Call, Driver
 from .formats import Artefact, this_machine
@@ -166,9 +167,7 @@ def trace(
     scale = max(float(logits.double().abs().max()) for logits in made)
     # Other compilers sum in another order and have exponentials of their own, layer after layer.
     # What is lost or misplaced shows at the size of the logits, thousands of times as large.
-    units = 32 if made[0].dtype.itemsize > 2 else 8
-    walk = math.sqrt(len(program.layouts) * max(1, length / 16))  # as in the self-check
-    band = units * walk * torch.finfo(made[0].dtype).eps * scale
+    band = scale * rounding(made[0].dtype, len(program.layouts), length, units=8)
     return Trace(fed, made, 4 * noise + band, pieces if densely else 0)
 
 

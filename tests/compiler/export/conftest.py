@@ -1,12 +1,30 @@
-"""A folder with kernels for two GPUs that are not there."""
+"""A folder with kernels for two GPUs that are not there, and the C++ example, built."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from target_case import TARGETS
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "cpp"
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ example, built as its README says."""
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake here")
+    folder = tmp_path_factory.mktemp("cpp") / "build"
+    torch_is = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for command in (["-S", str(EXAMPLE), "-B", str(folder), torch_is], ["--build", str(folder)]):
+        ran = subprocess.run(["cmake", *command], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    return folder / "generate"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""Every policy on every kind of model, in both formats: odd chunks, then 64 steps, as eager."""
+"""Every policy on every kind of model, in both formats: odd chunks, then 64 steps, as eager; in a
+process with torch alone, and in the C++ program."""
 
 from __future__ import annotations
 
@@ -7,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from aoti_case import SCOUT, assert_equal, drive, traces, without_prefill
+from aoti_case import SCOUT, assert_equal, drive, generate, rows_of, traces, without_prefill, words
 from torch import nn
 
 from memcompile.compiler.export import aoti, aoti_portable, inductor
 from memcompile.compiler.export.runners import LIBRARY
 from memcompile.compiler.pipeline import build
 
+STEPS = 64
 BYTES_SMALL = Path(__file__).resolve().parents[3] / "models/networks/checkpoints/bytes-small"
 POLICIES: dict[str, dict[str, Any]] = {
     "dense": {"page_size": 8},
@@ -59,7 +61,12 @@ def model(name: str) -> Any:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("form", ["aoti", "aoti-portable"])
 def test_tokens_are_eagers(
-    form: str, policy: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str,
+    policy: str,
+    name: str,
+    program: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inductor, "graphs", without_prefill)
     options = {"dtype": "float32"} if name == "bytes-small" else {}
@@ -67,6 +74,12 @@ def test_tokens_are_eagers(
     folder = tmp_path / form
     folder.mkdir()
     (aoti if form == "aoti" else aoti_portable).emit(folder, compiled, None)
-    told = traces(compiled, None, 64)
+    told = traces(compiled, None, STEPS)
     libraries = [folder / LIBRARY] if form == "aoti" else []
     assert_equal(drive(folder, told, tmp_path, *libraries), told)
+    for trace in told:
+        fed = torch.cat(trace.tokens, 1).tolist()
+        prompts = [word for row in fed for word in ("--prompt", words(row[:-STEPS]))]
+        ran = generate(program, folder, "--max-new-tokens", str(STEPS), *prompts)
+        assert ran.returncode == 0, ran.stderr
+        assert rows_of(ran.stdout) == [row[-STEPS:] for row in fed]
