@@ -103,9 +103,9 @@ def export(
 
     Args:
         out: appears whole or not at all; what `memcompile run` and `verify` take.
-        formats: "aoti", "aoti-portable", "onnx", "onnx-ort", "onnx-genai", "tensorrt",
-            "tensorrt-rtx", "triton-server"; each becomes a folder in `out`, with the `state.json`
-            that says how it is driven. See docs/shipping.md.
+        formats: "aoti", "aoti-portable", "onnx", "onnx-ort", "onnx-ort-cuda",
+            "onnx-genai", "tensorrt", "tensorrt-rtx", "triton-server"; each becomes a folder in
+            `out`, with the `state.json` that says how it is driven. See docs/shipping.md.
         targets: GPUs, which need not be there, whose kernels are compiled into the folder:
             "cuda:sm_90", "hip:gfx942", … See docs/kernels.md.
         force: replace `out` if memcompile wrote it.

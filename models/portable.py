@@ -181,6 +181,10 @@ def _page_records_shapes(
     return _like(index)
 
 
+def _listed_shapes(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    return _attend_shapes(query, key, value)[0]
+
+
 def _delta_shapes(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor, lengths: Tensor,
     state: Tensor,
@@ -279,7 +283,7 @@ OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         contiguous.additive_state,
         contiguous.additive_state,
     ),
-    # Given only to runtimes that have them as one (`passes.fuse_grouped`).
+    # Given only to runtimes that have them as one (`passes.fuse_grouped`, `passes.fuse_listed`).
     "grouped_attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor position, Tensor lengths, Tensor keys, "
         "Tensor values, float scale, float softcap, int window, int size, int pinned, int reach) "
@@ -292,6 +296,12 @@ OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         "Tensor[] index, str[] fields, int size, int pinned, int record_pinned) -> Tensor[]",
         contiguous.records,
         _page_records_shapes,
+    ),
+    "listed_attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor pages, Tensor position, Tensor lengths, "
+        "Tensor keys, Tensor values, float scale, int size) -> Tensor",
+        fused.listed_attention,
+        _listed_shapes,
     ),
     "delta_state": (
         "(Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor beta, Tensor lengths, "

@@ -57,8 +57,8 @@ def _why_not(read: fx.Node, refused: Mapping[str, str]) -> str:
         return "it reads pages that it chooses"
     if bias is not None or pages is not None or slots != size:
         return "it reads records of pages"
-    append = _part(keys)
-    if append is None or append is not _part(values):
+    append = append_of(keys)
+    if append is None or append is not append_of(values):
         return "its keys and values were not written by one append"
     if any(user.target is operator.getitem and user.args[1] == 1 for user in read.users):
         return "its log-sum-exp is needed, to join it with another read"
@@ -81,8 +81,8 @@ def _why_not(read: fx.Node, refused: Mapping[str, str]) -> str:
     return ""
 
 
-def _part(node: object) -> fx.Node | None:
-    """The append that a tensor is a part of."""
+def append_of(node: object) -> fx.Node | None:
+    """The append that a tensor is a part of; None if it is of none."""
     if not isinstance(node, fx.Node) or node.target is not operator.getitem:
         return None
     source = node.args[0]

@@ -35,6 +35,7 @@ FORMATS: dict[str, Format] = {
     "aoti-portable": Format("aoti_portable", "AOTInductor package that needs torch alone"),
     "onnx": Format("onnx_portable", "ONNX model that any onnxruntime runs"),
     "onnx-ort": Format("onnx_ort", "ONNX model with onnxruntime's own fused operators"),
+    "onnx-ort-cuda": Format("onnx_ort_cuda", "the same for its CUDA provider, with a sparse read"),
     "onnx-genai": Format("onnx_genai", "ONNX model and files for onnxruntime-genai"),
     "tensorrt": Format("tensorrt", "TensorRT engine, or the recipe for one where no GPU is"),
     "tensorrt-rtx": Format("tensorrt_rtx", "TensorRT-RTX engine, built without a GPU"),

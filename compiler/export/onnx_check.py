@@ -17,6 +17,7 @@ from torch import Tensor
 from .contract import Contract, StateTensor
 from .driver import Driver
 from .onnx_model import device_of
+from .onnx_session import load_model
 from .runners import RUNNERS
 
 if TYPE_CHECKING:
@@ -136,13 +137,18 @@ def can_run() -> bool:
 
 
 def check_answers(
-    path: Path, graph: torch.nn.Module, contract: Contract, opaque: Collection[str] = ()
+    path: Path,
+    graph: torch.nn.Module,
+    contract: Contract,
+    opaque: Collection[str] = (),
+    runs: str = "onnx",
 ) -> float:
     """Runs the model beside the graph it was made from: a chunk, then single tokens.
 
     Args:
         opaque: state inputs that the runtime keeps in an order of its own; what is read of them
             shows in the logits.
+        runs: the format whose runner runs it.
 
     Returns:
         the largest difference, as a part of the largest value.
@@ -162,7 +168,7 @@ def check_answers(
     if contract.capacity is not None:
         capacity = min(contract.capacity.tokens, 2 * contract.capacity.multiple)
     truth = Driver(contract, eager, batch=2, capacity=capacity)
-    made = Driver(contract, RUNNERS["onnx"](path, contract), batch=2, capacity=capacity)
+    made = Driver(contract, RUNNERS[runs](path, contract), batch=2, capacity=capacity)
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for number, n in enumerate(_calls(contract)):
@@ -212,3 +218,20 @@ def compared(what: str, have: Tensor, want: Tensor, when: str) -> float:
             f"{_ALLOWED[want.dtype]} is rounding"
         )
     return error
+
+
+def check_resolves(path: Path, missing: str) -> None:
+    """Whether onnxruntime takes a model up to the kernels of an operator that its CPU provider
+    lacks: it knows every other one, and infers types and sizes.
+
+    Args:
+        missing: the operator.
+
+    Raises:
+        RuntimeError: it refuses the model for something else.
+    """
+    try:
+        load_model(path)
+    except ValueError as error:
+        if f"Could not find an implementation for {missing}(" not in str(error):
+            raise RuntimeError(str(error)) from error

@@ -13,7 +13,7 @@ from typing import Any
 from .onnx_model import Translation
 
 MICROSOFT = "com.microsoft"
-FLOAT, INT32 = 1, 6
+FLOAT, INT32, INT64 = 1, 6, 7
 LOWEST = float("-inf")
 
 
@@ -43,7 +43,7 @@ def grouped_attention(
     total = op.Add(position, lengths)
     one = op.Constant(value_int=1)
     held = op.Max(total, op.Cast(one, to=INT32))  # a sequence that holds nothing yet stands still
-    rows = op.Squeeze(op.Cast(op.Shape(query, start=2, end=3), to=INT32))
+    rows = op.Cast(_rows(query), to=INT32)
     longest = op.Max(op.ReduceMax(held, keepdims=0), rows)
     attributes = {
         "num_heads": heads,
@@ -65,6 +65,73 @@ def grouped_attention(
         3,
     )
     return _float(_unpacked(out, heads, width)), new_keys, new_values
+
+
+def listed_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    pages: Any,
+    position: Any,
+    lengths: Any,
+    keys: Any,
+    values: Any,
+    scale: float,
+    size: int,
+) -> Any:
+    """`DynamicSparseAttention`, of the CUDA provider: reads the tokens of listed pages.
+
+    It reads one list for all heads of a sequence; each KV head is a sequence to it. The cache, into
+    which the new rows were put before, is what it calls auxiliary: only read, so that nothing of
+    it is copied. What it appends to is the call's own rows, of which each sees itself; the list
+    holds tokens before that.
+    """
+    from onnxscript import opset18 as op
+
+    heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
+    group = heads // kv_heads
+
+    def apart(x: Any, count: int) -> Any:  # [B, Hkv * count, n, D] -> [B * Hkv, count, n, D]
+        return op.Reshape(x, op.Constant(value_ints=[-1, count, 0, width]))
+
+    new = [apart(x, 1) for x in (key, value)]
+    row = op.Range(op.Constant(value_int=0), _rows(query), op.Constant(value_int=1))
+    own = op.Add(op.Unsqueeze(op.Cast(position, to=INT64), op.Constant(value_ints=[1])), row)
+    own = op.Unsqueeze(own, op.Constant(value_ints=[1, 3, 4]))  # [B, 1, n, 1, 1]
+    live = op.Unsqueeze(_live(query, lengths), op.Constant(value_ints=[1, 3]))  # [B, 1, n, 1]
+    first = op.Mul(op.Unsqueeze(pages, op.Constant(value_ints=[-1])), op.Constant(value_int=size))
+    token = op.Add(first, op.Constant(value_ints=[*range(size)]))  # [B, Hkv, n, S, size]
+    # Pages that are none have tokens below zero.
+    there = op.And(op.Less(token, own), op.GreaterOrEqual(token, op.Constant(value_int=0)))
+    there = op.And(there, op.Unsqueeze(live, op.Constant(value_ints=[-1])))
+    flat = op.Constant(value_ints=[-1, pages.shape[3] * size])
+    listed = op.Where(there, token, op.Constant(value_int=-1))
+    number = op.Reshape(op.Cast(there, to=INT32), flat)
+    last = op.Cast(op.Sub(_rows(query), op.Constant(value_int=1)), to=INT32)
+    out, _, _ = _microsoft(
+        "DynamicSparseAttention",
+        [
+            _packed(apart(query, group), group, width),
+            *(_packed(x, 1, width) for x in new),
+            *new,
+            *(apart(x, 1) for x in (keys, values)),
+            op.Reshape(op.Cast(listed, to=INT32), flat),
+            op.ReduceSum(number, op.Constant(value_ints=[1]), keepdims=0),
+            op.Expand(last, op.Shape(new[0], start=0, end=1)),
+            op.Cast(_rows(query), to=INT32),
+        ],
+        {
+            "num_heads": group,
+            "kv_num_heads": 1,
+            "scale": float(scale),
+            "attention_mode": "local_plus_selected",
+            "selected_kv_source": "auxiliary",
+            "local_window_size": 1,
+        },
+        3,
+    )
+    whole = op.Reshape(_unpacked(out, group, width), op.Constant(value_ints=[-1, heads, 0, width]))
+    return op.Where(live, _float(whole), op.Constant(value_float=0.0))
 
 
 def additive_state(
@@ -121,6 +188,7 @@ def delta_state(
 
 TRANSLATIONS: Mapping[str, Translation] = {
     "grouped_attention": grouped_attention,
+    "listed_attention": listed_attention,
     "additive_state": additive_state,
     "delta_state": delta_state,
 }
@@ -165,13 +233,19 @@ def _linear_attention(
     return _unpacked(out, heads, width), new
 
 
+def _rows(x: Any) -> Any:
+    """How many rows [B, H, n, D] has: n, int64."""
+    from onnxscript import opset18 as op
+
+    return op.Squeeze(op.Shape(x, start=2, end=3))
+
+
 def _live(rows: Any, lengths: Any) -> Any:
     """Which of the rows [B, H, n, D] are valid: bool [B, n]."""
     from onnxscript import opset18 as op
 
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-    n = op.Squeeze(op.Shape(rows, start=2, end=3))
-    row = op.Cast(op.Range(zero, n, one), to=INT32)
+    row = op.Cast(op.Range(zero, _rows(rows), one), to=INT32)
     return op.Less(row, op.Unsqueeze(lengths, op.Constant(value_ints=[1])))
 
 

@@ -44,8 +44,6 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     notes.insert(0, f"needs onnxruntime {NEEDS} or later; tried on its CPU provider alone")
     if PREFILL in graphs:
         notes.append(f"feed prompts to {PREFILL}, which reads everything, the rest to {MAIN}")
-    if why := no_sparse_attention(compiled.program.layouts):
-        notes.append(f"chosen pages are read by portable nodes on every provider: {why}")
     if error is None:
         notes.append("not run: onnxruntime is not installed here")
     return Artefact("onnx-ort", "onnx-ort", MAIN, built(), tuple(notes))
@@ -64,7 +62,7 @@ def fuse(
         RuntimeError: a cache that only one of the graphs would leave to the operator, which orders
             it in its own way.
     """
-    refused = {f"site{n}_keys": why for n, x in enumerate(layouts) if (why := _why_not(x))}
+    refused = not_taken(layouts)
     notes, ordered = [], {}
     for name, graph in graphs.items():
         result = fuse_grouped(graph, refused)
@@ -77,30 +75,19 @@ def fuse(
     return notes, ordered[MAIN]
 
 
-def no_sparse_attention(layouts: Sequence[SiteLayout]) -> str:
-    """Why `DynamicSparseAttention` of the CUDA provider reads no pages that are chosen here; empty
-    where none are."""
-    choosing = [layout for layout in layouts if layout.memory.score is not None]
-    if not choosing:
-        return ""
-    if any(layout.memory.compensate or layout.memory.levels for layout in choosing):
-        return "DynamicSparseAttention has no input for the summaries of skipped pages"
-    if any(layout.kv_heads > 1 for layout in choosing):
-        return (
-            "DynamicSparseAttention reads one list of tokens for all heads of a sequence, where "
-            "each KV head chooses its own"
-        )
-    return "DynamicSparseAttention is on GPUs alone, where nothing was run"
+def not_taken(layouts: Sequence[SiteLayout]) -> dict[str, str]:
+    """Inputs of keys whose sites onnxruntime's attentions cannot take, and why."""
+    return {f"site{n}_keys": why for n, x in enumerate(layouts) if (why := _why_not(x))}
 
 
 def _why_not(layout: SiteLayout) -> str:
-    """Why the operator cannot take a site; empty where it can."""
+    """Why they cannot take a site; empty where they can."""
     if layout.key_dim != layout.value_dim:
         return f"keys of {layout.key_dim} and values of {layout.value_dim} numbers"
     if layout.key_dim % 8:
-        return f"{GROUPED} takes widths that are multiples of 8, not {layout.key_dim}"
+        return f"onnxruntime takes widths that are multiples of 8, not {layout.key_dim}"
     if layout.dtype not in (torch.float32, torch.float16):
-        return f"{GROUPED} has no kernel for {layout.dtype}"
+        return f"onnxruntime has no kernel for {layout.dtype}"
     return ""
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # In the order in which they are taken.
 FORMATS = ("onnx-ort", "onnx")
 MODEL, PREFILL = "model.onnx", "prefill.onnx"
+CUDA = "CUDAExecutionProvider"
 # TensorProto.DataType, which onnxruntime takes for element types that numpy has no word for.
 _ELEMENTS = {
     torch.float32: 1,
@@ -220,8 +221,20 @@ class _Bound:
         self.bound[name, output] = where
 
 
-def load_model(path: Path) -> InferenceSession:
+def has_cuda() -> bool:
+    """Whether onnxruntime is here with its CUDA provider."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return CUDA in onnxruntime.get_available_providers()
+
+
+def load_model(path: Path, cuda: bool = False) -> InferenceSession:
     """An ONNX model under onnxruntime's CPU provider, with as many threads as torch has.
+
+    Args:
+        cuda: under its CUDA provider, and the CPU's where that has no kernel.
 
     Raises:
         ImportError: onnxruntime is not installed.
@@ -238,7 +251,9 @@ def load_model(path: Path) -> InferenceSession:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=[*([CUDA] if cuda else []), "CPUExecutionProvider"]
+        )
     except Exception as error:  # onnxruntime raises many types; each means "not loadable"
         raise ValueError(
             f"{path}: onnxruntime {onnxruntime.__version__} cannot load it: {one_line(error)}"

@@ -83,10 +83,10 @@ def prefill_runner(
     return None
 
 
-def _onnx(path: Path, contract: Contract) -> Call:
+def _onnx(path: Path, contract: Contract, cuda: bool = False) -> Call:
     from .onnx_session import load_model
 
-    session = load_model(path)
+    session = load_model(path, cuda)
 
     def call(given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         feed = {name: tensor.numpy() for name, tensor in given.items()}
@@ -97,6 +97,14 @@ def _onnx(path: Path, contract: Contract) -> Call:
         }
 
     return call
+
+
+def _onnx_cuda(path: Path, contract: Contract) -> Call:
+    from .onnx_session import has_cuda
+
+    if not has_cuda():
+        raise CannotRun("it needs onnxruntime's CUDA provider, which is not here")
+    return _onnx(path, contract, cuda=True)
 
 
 def _aoti(path: Path, contract: Contract) -> Call:
@@ -130,6 +138,7 @@ RUNNERS: dict[str, Callable[[Path, Contract], Call]] = {
     "aoti-portable": _aoti,
     "onnx": _onnx,
     "onnx-ort": _onnx,
+    "onnx-ort-cuda": _onnx_cuda,
     # The model that the server runs, not the server.
     "triton-server": _served,
 }

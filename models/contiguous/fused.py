@@ -1,5 +1,6 @@
 """What runtimes have as one operator of their own, on contiguous state: append and read, records
-apart from the append, and the delta rule. Texts of operators that only such a runtime is given."""
+apart from the append, reads of listed pages, and the delta rule. Texts of operators that only such
+a runtime is given."""
 
 from __future__ import annotations
 
@@ -37,6 +38,33 @@ def grouped_attention(
         *(scale, softcap, window, size, size, pinned),
     )
     return out, keys, values
+
+
+def listed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pages: Tensor,
+    position: Tensor,
+    lengths: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    size: int,
+) -> Tensor:
+    """Reads listed pages [B, Hkv, n, S] of the caches, which hold the new rows: out [B, H, n, D].
+
+    Each row's own page is among its pages; they ascend, -1 behind them.
+
+    Args:
+        key, value: the new rows [B, Hkv, n, D] once more, for runtimes that read a row's own token
+            from them.
+    """
+    out, _ = attend(
+        *(query, keys, values, None, pages, False, position, lengths, scale, 0.0, 0),
+        *(size, size, -1),
+    )
+    return out
 
 
 def delta_state(

@@ -25,7 +25,6 @@ from memcompile.compiler.export.onnx_portable import functional_graphs
 from memcompile.compiler.export.onnx_session import session_of
 from memcompile.compiler.export.verify import trace
 from memcompile.compiler.pipeline import Compiled, build
-from memcompile.models.memory import preset
 from memcompile.models.memory.spec import Memory, Pages
 from memcompile.runtime.site_layout import SiteLayout
 
@@ -177,19 +176,3 @@ def test_what_the_operator_cannot_take_is_said() -> None:
     narrow = replace(layout, key_dim=6, value_dim=6)
     assert "multiples of 8, not 6" in onnx_ort._why_not(narrow)
     assert onnx_ort._why_not(replace(layout, value_dim=8)) == ""
-
-
-@pytest.mark.parametrize(
-    ("compensate", "kv_heads", "told"),
-    [
-        (True, 2, "no input for the summaries of skipped pages"),
-        (False, 2, "one list of tokens for all heads"),
-        (False, 1, "on GPUs alone, where nothing was run"),
-    ],
-)
-def test_why_chosen_pages_stay_portable(compensate: bool, kv_heads: int, told: str) -> None:
-    memory = preset("scout", compensate=compensate, dense_layers=0).memory(0, 0)
-    layout = SiteLayout("site", kv_heads, 8, 8, torch.float32, memory)
-    assert told in onnx_ort.no_sparse_attention([layout])
-    dense = replace(layout, memory=Memory("dense", Pages(8)))
-    assert onnx_ort.no_sparse_attention([dense]) == ""

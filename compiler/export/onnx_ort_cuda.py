@@ -1,0 +1,56 @@
+"""ONNX for onnxruntime's CUDA provider: `--emit onnx-ort-cuda`.
+
+As `onnx-ort`, where pages that a policy chose are read by `DynamicSparseAttention`, which other
+providers have no kernel for: without that one, the models are held to their contract and to
+onnxruntime's own inference of types and shapes, and are not run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...passes.fuse_listed import fuse_listed
+from ...passes.result import NotRewritten
+from .formats import Artefact
+from .onnx_check import can_run, check_resolves
+from .onnx_fused import TRANSLATIONS
+from .onnx_ort import NEEDS, fuse, not_taken
+from .onnx_portable import MAIN, PREFILL, built, functional_graphs, refuse_bfloat16, write_checked
+from .onnx_session import has_cuda
+
+if TYPE_CHECKING:
+    from ..pipeline import Compiled
+
+NAME, LISTED = "onnx-ort-cuda", "DynamicSparseAttention"
+
+
+def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
+    """Writes the format `onnx-ort-cuda`; see `formats.emit_all`.
+
+    Raises:
+        NotRewritten: the policy has no read that `DynamicSparseAttention` can do; why is said.
+    """
+    assert compiled.program is not None
+    contract, graphs = functional_graphs(compiled, delta=True)
+    refuse_bfloat16(contract, graphs[MAIN])
+    layouts = compiled.program.layouts
+    chosen = fuse_listed(graphs[MAIN], not_taken(layouts))
+    if not chosen.applied:
+        raise NotRewritten(
+            f"no read for {LISTED}; onnx-ort runs under the CUDA provider, too", chosen.declined
+        )
+    notes, opaque = fuse(graphs, layouts)
+    runs = NAME if has_cuda() else None
+    error = write_checked(
+        *(folder, contract, graphs), translations=TRANSLATIONS, opaque=opaque, runs=runs
+    )
+    if can_run():
+        check_resolves(folder / MAIN, LISTED)
+    notes.insert(0, f"{MAIN}: {chosen.applied} reads by {LISTED}")
+    notes.insert(0, f"needs the CUDA provider of onnxruntime {NEEDS} or later")
+    if PREFILL in graphs:
+        notes.append(f"feed prompts to {PREFILL}, which reads everything, the rest to {MAIN}")
+    if error is None:
+        notes.append("unverified: it was not run, for there is no CUDA provider here")
+    return Artefact(NAME, NAME, MAIN, built(), tuple(notes))

@@ -1,0 +1,91 @@
+"""Reads of listed pages as one operation, for runtimes that read a list of tokens.
+
+`attend` to pages that `score_select` listed becomes `listed_attention`, which is told of the new
+rows as well: such a runtime takes a row's own token from them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+from torch import fx
+
+from ..models import portable
+from .fuse_grouped import append_of
+from .graph_tools import aten
+from .result import Declined, PassResult
+
+RULE = "fuse_listed"
+
+
+def fuse_listed(module: fx.GraphModule, refused: Mapping[str, str] | None = None) -> PassResult:
+    """Fuses what can be fused in a graph of `make_functional`, in place.
+
+    Args:
+        refused: inputs of keys, by name, whose sites the runtime cannot take, and why.
+
+    Returns:
+        its `applied` counts the reads that were fused; each read of listed pages that was not
+        stands in `declined`, with the reason.
+    """
+    result = PassResult(module)
+    reads = (portable.operator("attend"), portable.operator("attend.summaries"))
+    for node in list(module.graph.nodes):
+        if node.target not in reads:
+            continue
+        if node.target is reads[0] and (node.args[4] is None or node.args[5]):
+            continue  # it reads every page, or every other one
+        why = _why_not(node, refused or {})
+        if why:
+            result.declined.append(Declined(why, f"%{node.name}", RULE))
+        else:
+            _fuse(module.graph, node)
+            result.applied += 1
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return result
+
+
+def _why_not(read: fx.Node, refused: Mapping[str, str]) -> str:
+    """Why a read cannot be fused; empty where it can."""
+    if read.target is portable.operator("attend.summaries"):
+        return "it reads the pages that it skips by their summaries (compensate=False does not)"
+    _, keys, values, bias, pages = read.args[:5]
+    softcap, window, size, slots, pinned = read.args[9:14]
+    if bias is not None or slots != size:
+        return "it reads records of pages"
+    if pinned >= 0:  # type: ignore[operator]
+        return "its cache keeps its first pages and the newest"
+    if softcap or window:
+        return "its logits are capped, or its pages are read in part"
+    append = append_of(keys)
+    if append is None or append is not append_of(values):
+        return "its keys and values were not written by one append"
+    if any(user.target is operator.getitem and user.args[1] == 1 for user in read.users):
+        return "its log-sum-exp is needed, to join it with another read"
+    if not _ascends(pages):
+        return "its pages were not listed in order"
+    held = append.args[4]
+    return refused.get(held.name, "") if isinstance(held, fx.Node) else ""
+
+
+def _ascends(pages: object) -> bool:
+    """Whether they were listed by `score_select`: in order, a row's own page among them."""
+    if isinstance(pages, fx.Node) and pages.target is aten.to.dtype:
+        pages = pages.args[0]
+    return isinstance(pages, fx.Node) and pages.target is portable.operator("score_select")
+
+
+def _fuse(graph: fx.Graph, read: fx.Node) -> None:
+    query, keys, values, _, pages, _, position, lengths, scale = read.args[:9]
+    append, size = append_of(keys), read.args[11]
+    assert append is not None
+    with graph.inserting_before(read):
+        made = graph.call_function(
+            portable.operator("listed_attention"),
+            (query, *append.args[:2], pages, position, lengths, keys, values, scale, size),
+        )
+    for got in list(read.users):
+        got.replace_all_uses_with(made)
