@@ -7,7 +7,7 @@ the pages that were filled are then made by an operation of their own, `page_rec
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
@@ -15,6 +15,7 @@ from ..models import portable
 from .result import Declined, PassResult
 
 RULE = "fuse_grouped"
+READS = (portable.operator("attend"), portable.operator("attend.summaries"))
 
 
 def fuse_grouped(module: fx.GraphModule, refused: Mapping[str, str] | None = None) -> PassResult:
@@ -27,19 +28,24 @@ def fuse_grouped(module: fx.GraphModule, refused: Mapping[str, str] | None = Non
         its `applied` counts the reads that were fused; each read of a memory that was not stands
         in `declined`, with the reason.
     """
+    reads = [node for node in module.graph.nodes if node.target in READS]
+    return fuse_each(module, RULE, reads, lambda read: _why_not(read, refused or {}), _fuse)
+
+
+def fuse_each(
+    module: fx.GraphModule,
+    rule: str,
+    reads: Sequence[fx.Node],
+    why_not: Callable[[fx.Node], str],
+    fuse: Callable[[fx.Graph, fx.Node], None],
+) -> PassResult:
+    """Fuses the reads that `why_not` has nothing to say against."""
     result = PassResult(module)
-    reads = (
-        portable.operator("attend"),
-        portable.operator("attend.summaries"),
-    )
-    for node in list(module.graph.nodes):
-        if node.target not in reads:
-            continue
-        why = _why_not(node, refused or {})
-        if why:
-            result.declined.append(Declined(why, f"%{node.name}", RULE))
+    for read in reads:
+        if why := why_not(read):
+            result.declined.append(Declined(why, f"%{read.name}", rule))
         else:
-            _fuse(module.graph, node)
+            fuse(module.graph, read)
             result.applied += 1
     module.graph.eliminate_dead_code()
     module.graph.lint()
@@ -49,7 +55,7 @@ def fuse_grouped(module: fx.GraphModule, refused: Mapping[str, str] | None = Non
 
 def _why_not(read: fx.Node, refused: Mapping[str, str]) -> str:
     """Why a read cannot be fused with the append before it; empty where it can."""
-    if read.target is not portable.operator("attend"):
+    if read.target is not READS[0]:
         return "it reads pages that it chooses, and the others by their summaries"
     _, keys, values, bias, pages, exclude = read.args[:6]
     slots, size = read.args[12], read.args[11]

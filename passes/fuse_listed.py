@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from torch import fx
 
 from ..models import portable
-from .fuse_grouped import append_of
+from .fuse_grouped import READS, append_of, fuse_each
 from .graph_tools import aten
-from .result import Declined, PassResult
+from .result import PassResult
 
 RULE = "fuse_listed"
+SUMMARIES = portable.operator("attend.summaries")
 
 
 def fuse_listed(module: fx.GraphModule, refused: Mapping[str, str] | None = None) -> PassResult:
@@ -29,28 +30,19 @@ def fuse_listed(module: fx.GraphModule, refused: Mapping[str, str] | None = None
         its `applied` counts the reads that were fused; each read of listed pages that was not
         stands in `declined`, with the reason.
     """
-    result = PassResult(module)
-    reads = (portable.operator("attend"), portable.operator("attend.summaries"))
-    for node in list(module.graph.nodes):
-        if node.target not in reads:
-            continue
-        if node.target is reads[0] and (node.args[4] is None or node.args[5]):
-            continue  # it reads every page, or every other one
-        why = _why_not(node, refused or {})
-        if why:
-            result.declined.append(Declined(why, f"%{node.name}", RULE))
-        else:
-            _fuse(module.graph, node)
-            result.applied += 1
-    module.graph.eliminate_dead_code()
-    module.graph.lint()
-    module.recompile()
-    return result
+    # The others read every page, or every one but those listed.
+    reads = [
+        node
+        for node in module.graph.nodes
+        if node.target in READS
+        and (node.target is SUMMARIES or (node.args[4] is not None and not node.args[5]))
+    ]
+    return fuse_each(module, RULE, reads, lambda read: _why_not(read, refused or {}), _fuse)
 
 
 def _why_not(read: fx.Node, refused: Mapping[str, str]) -> str:
     """Why a read cannot be fused; empty where it can."""
-    if read.target is portable.operator("attend.summaries"):
+    if read.target is SUMMARIES:
         return "it reads the pages that it skips by their summaries (compensate=False does not)"
     _, keys, values, bias, pages = read.args[:5]
     softcap, window, size, slots, pinned = read.args[9:14]

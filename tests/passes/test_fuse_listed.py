@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import fx
+from fused_case import LEVELS, SCOUT, assert_same, compiled, graph_of
 
-from memcompile.compiler.export.contract import contract_of, places_of
-from memcompile.compiler.export.driver import Driver
-from memcompile.compiler.pipeline import Compiled, build
-from memcompile.models.networks.decoders.frame import PositionedDecoder
 from memcompile.passes.fuse_listed import fuse_listed
-from memcompile.passes.make_functional import make_functional
 
-SCOUT = {"page_size": 8, "budget": 32, "sinks": 8, "window": 8, "dense_layers": 1}
-LEVELS = {"levels": (8, 32, 64), "sinks": 8, "window": 16, "refine": 16, "dense_layers": 1}
-CALLS = ((7, [7, 3, 5]), (1, None), (30, None), (1, [0, 1, 1]), (20, [20, 1, 5]))
-
-
-class Two(PositionedDecoder):
-    """Two layers."""
-
-    layers = 2
-    context = 1024
-
-
-def graph_of(made: Compiled) -> fx.GraphModule:
-    assert made.program is not None and made.step is not None
-    return make_functional(made.step.policy, places_of(made.program), made.program.ragged)
+EXACT = {**SCOUT, "compensate": False}
 
 
 @pytest.mark.parametrize(
     ("policy", "options", "applied", "reasons"),
     [
         ("dense", {}, 0, []),
-        ("scout", {**SCOUT, "compensate": False}, 1, []),
+        ("scout", EXACT, 1, []),
         ("quest", {"page_size": 8, "budget": 32, "dense_layers": 1}, 1, []),
         ("scout", SCOUT, 0, ["by their summaries"]),
         ("hierarchical", LEVELS, 0, ["records of pages", "records of pages", "log-sum-exp"]),
@@ -44,35 +25,18 @@ def graph_of(made: Compiled) -> fx.GraphModule:
 def test_a_fused_graph_is_the_same(
     policy: str, options: dict[str, object], applied: int, reasons: list[str]
 ) -> None:
-    made = build(Two(0), policy, kernels="off", check=False, **options)
+    made = compiled(policy, **options)
     plain, fused = graph_of(made), graph_of(made)
     result = fuse_listed(fused)
     assert result.applied == applied
     for declined, reason in zip(result.declined, reasons, strict=True):
         assert reason in declined.reason and declined.rule == "fuse_listed"
-    assert made.program is not None
-    contract = contract_of(made.program, places_of(made.program))
-
-    def driver(graph: fx.GraphModule) -> Driver:
-        def call(given):
-            with torch.no_grad():
-                values = graph(*[given[name] for name in contract.inputs])
-            return dict(zip(contract.outputs, values, strict=True))
-
-        return Driver(contract, call, batch=3, capacity=64)
-
-    ours, theirs = driver(fused), driver(plain)
-    for n, lengths in CALLS:
-        tokens = torch.randint(29, (3, n))
-        assert torch.equal(ours(tokens, lengths), theirs(tokens, lengths))
-    for name, tensor in theirs.state.items():
-        assert torch.equal(ours.state[name], tensor)
+    assert_same(made, fused, plain)
 
 
 def test_a_site_that_the_runtime_cannot_take_is_left_alone() -> None:
-    options = {**SCOUT, "dense_layers": 0, "compensate": False}
-    graph = graph_of(build(Two(0), "scout", kernels="off", check=False, **options))
-    result = fuse_listed(graph, {"site1_keys": "its keys are wider"})
+    made = compiled("scout", **{**EXACT, "dense_layers": 0})
+    result = fuse_listed(graph_of(made), {"site1_keys": "its keys are wider"})
     assert result.applied == 1
     assert [declined.reason for declined in result.declined] == ["its keys are wider"]
 
@@ -90,8 +54,7 @@ def test_a_site_that_the_runtime_cannot_take_is_left_alone() -> None:
     ],
 )
 def test_what_is_declined(place: int, value: object, reason: str) -> None:
-    options = {**SCOUT, "compensate": False}
-    graph = graph_of(build(Two(0), "scout", kernels="off", check=False, **options))
+    graph = graph_of(compiled("scout", **EXACT))
     listed = torch.ops.memcompile_portable.attend.default
     reads = [n for n in graph.graph.nodes if n.target is listed and n.args[4] is not None]
     (read,) = reads
