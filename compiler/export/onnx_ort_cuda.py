@@ -1,8 +1,8 @@
 """ONNX for onnxruntime's CUDA provider: `--emit onnx-ort-cuda`.
 
-As `onnx-ort`, where pages that a policy chose are read by `DynamicSparseAttention`, which other
-providers have no kernel for: without that one, the models are held to their contract and to
-onnxruntime's own inference of types and shapes, and are not run.
+As `onnx-ort`, where pages that a policy chose are read by `DynamicSparseAttention`, which the CPU
+provider has no kernel for: without a GPU, the model with it is held to its contract and to
+onnxruntime's own inference of types and shapes, and is not run.
 """
 
 from __future__ import annotations
@@ -41,9 +41,15 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
             f"no read for {LISTED}; onnx-ort runs under the CUDA provider, too", chosen.declined
         )
     notes, opaque = fuse(graphs, layouts)
-    runs = NAME if has_cuda() else None
-    error = write_checked(
-        *(folder, contract, graphs), translations=TRANSLATIONS, opaque=opaque, runs=runs
+    runs, unrun = (NAME, ()) if has_cuda() else ("onnx", (MAIN,))
+    write_checked(
+        folder,
+        contract,
+        graphs,
+        translations=TRANSLATIONS,
+        opaque=opaque,
+        runs=runs,
+        unrun=unrun,
     )
     if can_run():
         check_resolves(folder / MAIN, LISTED)
@@ -51,6 +57,6 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     notes.insert(0, f"needs the CUDA provider of onnxruntime {NEEDS} or later")
     if PREFILL in graphs:
         notes.append(f"feed prompts to {PREFILL}, which reads everything, the rest to {MAIN}")
-    if error is None:
-        notes.append("unverified: it was not run, for there is no CUDA provider here")
+    if unrun:
+        notes.append(f"unverified: {MAIN} was not run, for there is no CUDA provider here")
     return Artefact(NAME, NAME, MAIN, built(), tuple(notes))
