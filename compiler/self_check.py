@@ -179,18 +179,16 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max())
 
 
-def rounding(dtype: torch.dtype, layers: int, keys: int, units: int = 4) -> float:
+def rounding(dtype: torch.dtype, layers: int, keys: int) -> float:
     """What rounding makes of logits, as a part of the largest of them.
 
     Errors of successive layers add up like a random walk, and so do those of a sum, which has as
     many terms as there are keys. In 16 bit, sums are float32 and only what is stored is rounded,
-    which takes fewer units and does not grow with the terms. What is wrong rather than rounded
-    is off by hundreds of times as much.
+    which takes fewer units and does not grow with the terms. What is wrong rather than rounded is
+    off by the size of the logits.
 
     Args:
         keys: at most, that a query reads.
-        units: in the last place, that a layer of a 16-bit network adds.
     """
-    if dtype.itemsize > 2:
-        units, layers = 32, layers * max(1, keys // 16)
-    return units * math.sqrt(layers) * torch.finfo(dtype).eps
+    units, terms = (32, max(1, keys / 16)) if dtype.itemsize > 2 else (8, 1)
+    return units * math.sqrt(layers * terms) * torch.finfo(dtype).eps

@@ -57,14 +57,14 @@ def _why_not(read: fx.Node, refused: Mapping[str, str]) -> str:
         return "its keys and values were not written by one append"
     if any(user.target is operator.getitem and user.args[1] == 1 for user in read.users):
         return "its log-sum-exp is needed, to join it with another read"
-    if not _ascends(pages):
-        return "its pages were not listed in order"
+    if not _of_score_select(pages):
+        return "its pages were not chosen among all pages by score_select"
     held = append.args[4]
     return refused.get(held.name, "") if isinstance(held, fx.Node) else ""
 
 
-def _ascends(pages: object) -> bool:
-    """Whether they were listed by `score_select`: in order, a row's own page among them."""
+def _of_score_select(pages: object) -> bool:
+    """Whether they were listed by it: in order, a row's own page the last, none for padding."""
     if isinstance(pages, fx.Node) and pages.target is aten.to.dtype:
         pages = pages.args[0]
     return isinstance(pages, fx.Node) and pages.target is portable.operator("score_select")

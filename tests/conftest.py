@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 if item.get_closest_marker(marker):
                     item.add_marker(pytest.mark.skip(reason=f"{marker}: make test-{marker}"))
 
+
+# Commands of this environment (cmake) are found as they are in a shell that has activated it.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 # Hundreds of small models are compiled here; the tests of kernels ask for them by name.
 os.environ.setdefault("MEMCOMPILE_KERNELS", "off")

@@ -141,14 +141,12 @@ def check_answers(
     graph: torch.nn.Module,
     contract: Contract,
     opaque: Collection[str] = (),
-    runs: str = "onnx",
 ) -> float:
     """Runs the model beside the graph it was made from: a chunk, then single tokens.
 
     Args:
         opaque: state inputs that the runtime keeps in an order of its own; what is read of them
             shows in the logits.
-        runs: the format whose runner runs it.
 
     Returns:
         the largest difference, as a part of the largest value.
@@ -168,7 +166,7 @@ def check_answers(
     if contract.capacity is not None:
         capacity = min(contract.capacity.tokens, 2 * contract.capacity.multiple)
     truth = Driver(contract, eager, batch=2, capacity=capacity)
-    made = Driver(contract, RUNNERS[runs](path, contract), batch=2, capacity=capacity)
+    made = Driver(contract, RUNNERS["onnx"](path, contract), batch=2, capacity=capacity)
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for number, n in enumerate(_calls(contract)):
@@ -222,7 +220,7 @@ def compared(what: str, have: Tensor, want: Tensor, when: str) -> float:
 
 def check_resolves(path: Path, missing: str) -> None:
     """Whether onnxruntime takes a model up to the kernels of an operator that its CPU provider
-    lacks: it knows every other one, and infers types and sizes.
+    lacks: every node keeps to its operator's schema, types and sizes can be inferred.
 
     Args:
         missing: the operator.

@@ -82,9 +82,10 @@ def listed_attention(
     """`DynamicSparseAttention`, of the CUDA provider: reads the tokens of listed pages.
 
     It reads one list for all heads of a sequence; each KV head is a sequence to it. The cache, into
-    which the new rows were put before, is what it calls auxiliary: only read, so that nothing of
-    it is copied. What it appends to is the call's own rows, of which each sees itself; the list
-    holds tokens before that.
+    which the new rows were put before, is what it calls auxiliary, and only reads. What it appends
+    to is the call's own rows, of which each sees itself; the list holds tokens before that.
+
+    Arguments and result are those of `models.contiguous.fused.listed_attention`.
     """
     from onnxscript import opset18 as op
 
@@ -94,31 +95,28 @@ def listed_attention(
     def apart(x: Any, count: int) -> Any:  # [B, Hkv * count, n, D] -> [B * Hkv, count, n, D]
         return op.Reshape(x, op.Constant(value_ints=[-1, count, 0, width]))
 
-    new = [apart(x, 1) for x in (key, value)]
-    row = op.Range(op.Constant(value_int=0), _rows(query), op.Constant(value_int=1))
+    rows = _rows(query)
+    row = op.Range(op.Constant(value_int=0), rows, op.Constant(value_int=1))
     own = op.Add(op.Unsqueeze(op.Cast(position, to=INT64), op.Constant(value_ints=[1])), row)
     own = op.Unsqueeze(own, op.Constant(value_ints=[1, 3, 4]))  # [B, 1, n, 1, 1]
-    live = op.Unsqueeze(_live(query, lengths), op.Constant(value_ints=[1, 3]))  # [B, 1, n, 1]
     first = op.Mul(op.Unsqueeze(pages, op.Constant(value_ints=[-1])), op.Constant(value_int=size))
     token = op.Add(first, op.Constant(value_ints=[*range(size)]))  # [B, Hkv, n, S, size]
     # Pages that are none have tokens below zero.
     there = op.And(op.Less(token, own), op.GreaterOrEqual(token, op.Constant(value_int=0)))
-    there = op.And(there, op.Unsqueeze(live, op.Constant(value_ints=[-1])))
-    flat = op.Constant(value_ints=[-1, pages.shape[3] * size])
-    listed = op.Where(there, token, op.Constant(value_int=-1))
+    listed = op.Cast(op.Where(there, token, op.Constant(value_int=-1)), to=INT32)
+    flat = op.Constant(value_ints=[-1, pages.shape[3] * size])  # [B * Hkv * n, S * size]
     number = op.Reshape(op.Cast(there, to=INT32), flat)
-    last = op.Cast(op.Sub(_rows(query), op.Constant(value_int=1)), to=INT32)
-    out, _, _ = _microsoft(
+    packed = _packed(apart(query, group), group, width)
+    last = op.Cast(op.Sub(rows, op.Constant(value_int=1)), to=INT32)
+    (out,) = _microsoft(
         "DynamicSparseAttention",
         [
-            _packed(apart(query, group), group, width),
-            *(_packed(x, 1, width) for x in new),
-            *new,
-            *(apart(x, 1) for x in (keys, values)),
-            op.Reshape(op.Cast(listed, to=INT32), flat),
+            *(packed, *(_packed(apart(x, 1), 1, width) for x in (key, value))),
+            *(None, None, *(apart(x, 1) for x in (keys, values))),
+            op.Reshape(listed, flat),
             op.ReduceSum(number, op.Constant(value_ints=[1]), keepdims=0),
-            op.Expand(last, op.Shape(new[0], start=0, end=1)),
-            op.Cast(_rows(query), to=INT32),
+            op.Expand(last, op.Shape(packed, start=0, end=1)),
+            op.Cast(rows, to=INT32),
         ],
         {
             "num_heads": group,
@@ -128,10 +126,10 @@ def listed_attention(
             "selected_kv_source": "auxiliary",
             "local_window_size": 1,
         },
-        3,
+        1,
     )
     whole = op.Reshape(_unpacked(out, group, width), op.Constant(value_ints=[-1, heads, 0, width]))
-    return op.Where(live, _float(whole), op.Constant(value_float=0.0))
+    return _float(whole)
 
 
 def additive_state(

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ...passes.fuse_grouped import fuse_grouped
+from ...passes.result import Declined
 from ...runtime.site_layout import SiteLayout
 from .formats import Artefact
 from .onnx_fused import TRANSLATIONS
@@ -50,9 +51,14 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
 
 
 def fuse(
-    graphs: Mapping[str, fx.GraphModule], layouts: Sequence[SiteLayout]
+    graphs: Mapping[str, fx.GraphModule],
+    layouts: Sequence[SiteLayout],
+    declined: Sequence[Declined] = (),
 ) -> tuple[list[str], set[str]]:
     """Fuses append and read where `GroupQueryAttention` can do both, in place.
+
+    Args:
+        declined: reads of the graph MAIN that another fusion was meant for; why it was not.
 
     Returns:
         what became of each graph, and which reads stay portable nodes and why; the names of states
@@ -62,12 +68,18 @@ def fuse(
         RuntimeError: a cache that only one of the graphs would leave to the operator, which orders
             it in its own way.
     """
-    refused = not_taken(layouts)
+    refused = {
+        f"site{n}_keys": f"{GROUPED} takes widths that are multiples of 8, not {layout.key_dim}"
+        for n, layout in enumerate(layouts)
+        if layout.key_dim % 8
+    } | not_taken(layouts)
+    instead = {(MAIN, one.node): one for one in declined}
     notes, ordered = [], {}
     for name, graph in graphs.items():
         result = fuse_grouped(graph, refused)
         notes.append(f"{name}: {result.applied} reads by {GROUPED}")
-        reasons = dict.fromkeys(declined.reason for declined in result.declined)
+        told = [instead.get((name, one.node), one) for one in result.declined]
+        reasons = dict.fromkeys(one.reason for one in told)
         notes += [f"{name}: a read stays a portable node: {reason}" for reason in reasons]
         ordered[name] = _own_order(graph)
     if len({frozenset(names) for names in ordered.values()}) > 1:
@@ -76,18 +88,16 @@ def fuse(
 
 
 def not_taken(layouts: Sequence[SiteLayout]) -> dict[str, str]:
-    """Inputs of keys whose sites onnxruntime's attentions cannot take, and why."""
+    """Inputs of keys whose sites no attention of onnxruntime's takes, and why."""
     return {f"site{n}_keys": why for n, x in enumerate(layouts) if (why := _why_not(x))}
 
 
 def _why_not(layout: SiteLayout) -> str:
-    """Why they cannot take a site; empty where they can."""
+    """Why none takes a site; empty where one may."""
     if layout.key_dim != layout.value_dim:
         return f"keys of {layout.key_dim} and values of {layout.value_dim} numbers"
-    if layout.key_dim % 8:
-        return f"onnxruntime takes widths that are multiples of 8, not {layout.key_dim}"
     if layout.dtype not in (torch.float32, torch.float16):
-        return f"onnxruntime has no kernel for {layout.dtype}"
+        return f"onnxruntime has no kernel for {layout.dtype} on CPUs"
     return ""
 
 

@@ -17,7 +17,6 @@ from .onnx_check import can_run, check_resolves
 from .onnx_fused import TRANSLATIONS
 from .onnx_ort import NEEDS, fuse, not_taken
 from .onnx_portable import MAIN, PREFILL, built, functional_graphs, refuse_bfloat16, write_checked
-from .onnx_session import has_cuda
 
 if TYPE_CHECKING:
     from ..pipeline import Compiled
@@ -37,26 +36,14 @@ def emit(folder: Path, compiled: Compiled, source: Path | None) -> Artefact:
     layouts = compiled.program.layouts
     chosen = fuse_listed(graphs[MAIN], not_taken(layouts))
     if not chosen.applied:
-        raise NotRewritten(
-            f"no read for {LISTED}; onnx-ort runs under the CUDA provider, too", chosen.declined
-        )
-    notes, opaque = fuse(graphs, layouts)
-    runs, unrun = (NAME, ()) if has_cuda() else ("onnx", (MAIN,))
-    write_checked(
-        folder,
-        contract,
-        graphs,
-        translations=TRANSLATIONS,
-        opaque=opaque,
-        runs=runs,
-        unrun=unrun,
-    )
+        raise NotRewritten(f"no read for {LISTED}; export onnx-ort", chosen.declined)
+    notes, opaque = fuse(graphs, layouts, chosen.declined)
+    write_checked(folder, contract, graphs, translations=TRANSLATIONS, opaque=opaque, unrun=(MAIN,))
     if can_run():
         check_resolves(folder / MAIN, LISTED)
     notes.insert(0, f"{MAIN}: {chosen.applied} reads by {LISTED}")
     notes.insert(0, f"needs the CUDA provider of onnxruntime {NEEDS} or later")
     if PREFILL in graphs:
         notes.append(f"feed prompts to {PREFILL}, which reads everything, the rest to {MAIN}")
-    if unrun:
-        notes.append(f"unverified: {MAIN} was not run, for there is no CUDA provider here")
+    notes.append(f"{MAIN} was not run; memcompile verify runs it where the CUDA provider is")
     return Artefact(NAME, NAME, MAIN, built(), tuple(notes))

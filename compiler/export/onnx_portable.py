@@ -84,9 +84,9 @@ def refuse_bfloat16_among(state: Iterable[torch.dtype], graph: torch.nn.Module) 
     held = [*state, *(x.dtype for x in (*graph.parameters(), *graph.buffers()))]
     if torch.bfloat16 in held:
         raise ValueError(
-            "the model is bfloat16, for which onnxruntime has no kernels on CPUs; convert it with "
-            "--dtype float32 or float16, model.to(torch.float32) in Python, or export another "
-            "format than onnx"
+            "the model is bfloat16, for which onnxruntime has no kernels on CPUs, where engines "
+            "are checked before they are kept; convert it with --dtype float32 or float16, "
+            "model.to(torch.float32) in Python, or export another format than onnx"
         )
 
 
@@ -98,7 +98,6 @@ def write_checked(
     opset: int = OPSET,
     translations: Mapping[str, Translation] | None = None,
     opaque: Collection[str] = (),
-    runs: str = "onnx",
     unrun: Collection[str] = (),
 ) -> float | None:
     """Writes models and contract, and holds each to what it was made from.
@@ -106,7 +105,7 @@ def write_checked(
     Args:
         graphs: by file name; they share their weights.
         opset, translations: as for `onnx_model`.
-        opaque, runs: as for `check_answers`.
+        opaque: as for `check_answers`.
         unrun: files that nothing here can run.
 
     Returns:
@@ -129,7 +128,7 @@ def write_checked(
     for name, graph in graphs.items():
         check_model(folder / name)
         if name not in unrun and can_run():
-            worst = max(worst or 0.0, check_answers(folder / name, graph, contract, opaque, runs))
+            worst = max(worst or 0.0, check_answers(folder / name, graph, contract, opaque))
     return worst
 
 

@@ -54,8 +54,8 @@ def open_session(folder: Path) -> OnnxSession:
     if found is None:
         held = ", ".join(there) or "no engine in any format"
         raise FileNotFoundError(
-            f"{folder}: no ONNX engine in it (it holds {held}); compile the model again with "
-            f"--emit {FORMATS[0]} or --emit {FORMATS[1]}"
+            f"{folder}: no ONNX engine for the CPU in it (it holds {held}); compile the model "
+            f"again with --emit {FORMATS[0]} or --emit {FORMATS[1]}"
         )
     check_artefact(folder, manifest, found)
     return session_of(folder / found.folder)
@@ -222,12 +222,29 @@ class _Bound:
 
 
 def has_cuda() -> bool:
-    """Whether onnxruntime is here with its CUDA provider."""
+    """Whether onnxruntime's CUDA provider runs here: the wheel has it, and there is a GPU.
+
+    Without one, a session falls back to the CPU, which only its own list of providers says.
+    """
     try:
+        import onnx
         import onnxruntime
     except ImportError:
         return False
-    return CUDA in onnxruntime.get_available_providers()
+    if CUDA not in onnxruntime.get_available_providers():
+        return False
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20]> a (float[1] x) => (float[1] y) {y = Neg(x)}'
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=[CUDA, "CPUExecutionProvider"]
+        )
+    except Exception:  # onnxruntime raises many types; each means that it does not run
+        return False
+    return CUDA in session.get_providers()
 
 
 def load_model(path: Path, cuda: bool = False) -> InferenceSession:

@@ -72,7 +72,7 @@ def prefill_runner(
     """
     onnx, package = (folder / name for name in PREFILLS)
     if onnx.is_file():
-        return _onnx(onnx, contract)
+        return _onnx(onnx, contract, cuda=artefact.format == CUDA)
     if package.is_file():
         from .inductor import load
 
@@ -103,7 +103,7 @@ def _onnx_cuda(path: Path, contract: Contract) -> Call:
     from .onnx_session import has_cuda
 
     if not has_cuda():
-        raise CannotRun("it needs onnxruntime's CUDA provider, which is not here")
+        raise CannotRun("it needs a GPU and onnxruntime with its CUDA provider")
     return _onnx(path, contract, cuda=True)
 
 
@@ -130,6 +130,7 @@ def _flat(made: Any) -> list[Tensor]:
     return [made] if isinstance(made, Tensor) else [*made]
 
 
+CUDA = "onnx-ort-cuda"
 NATIVE = ("aoti", "aoti-portable")
 # What is driven otherwise.
 OTHERS = {"onnx-genai": "onnxruntime-genai drives it, and no contract"}
@@ -138,7 +139,7 @@ RUNNERS: dict[str, Callable[[Path, Contract], Call]] = {
     "aoti-portable": _aoti,
     "onnx": _onnx,
     "onnx-ort": _onnx,
-    "onnx-ort-cuda": _onnx_cuda,
+    CUDA: _onnx_cuda,
     # The model that the server runs, not the server.
     "triton-server": _served,
 }

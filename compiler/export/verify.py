@@ -167,7 +167,7 @@ def trace(
     scale = max(float(logits.double().abs().max()) for logits in made)
     # Other compilers sum in another order and have exponentials of their own, layer after layer.
     # What is lost or misplaced shows at the size of the logits, thousands of times as large.
-    band = scale * rounding(made[0].dtype, len(program.layouts), length, units=8)
+    band = scale * rounding(made[0].dtype, len(program.layouts), length)
     return Trace(fed, made, 4 * noise + band, pieces if densely else 0)
 
 

@@ -52,13 +52,19 @@ def listed_attention(
     scale: float,
     size: int,
 ) -> Tensor:
-    """Reads listed pages [B, Hkv, n, S] of the caches, which hold the new rows: out [B, H, n, D].
-
-    Each row's own page is among its pages; they ascend, -1 behind them.
+    """Reads listed pages of caches into which the new rows were put before.
 
     Args:
+        query: [B, H, n, D].
         key, value: the new rows [B, Hkv, n, D] once more, for runtimes that read a row's own token
             from them.
+        pages: int64 [B, Hkv, n, S], ascending, -1 behind them. A row's own page is the last, the
+            only one that it sees a part of.
+        position, lengths: int32 [B].
+        keys, values: [B, Hkv, capacity, D].
+
+    Returns:
+        out [B, H, n, D] in the summing type. Of rows of padding nothing is promised.
     """
     out, _ = attend(
         *(query, keys, values, None, pages, False, position, lengths, scale, 0.0, 0),

@@ -51,7 +51,7 @@ OPT = {
 }
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", LLAMA),
-    "qwen3": ("Qwen3", {**LLAMA, "head_dim": 12}),
+    "qwen3": ("Qwen3", {**LLAMA, "head_dim": 16}),
     "neox": (
         "GPTNeoX",
         {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"} | {"rotary_pct": 0.5},

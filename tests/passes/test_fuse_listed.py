@@ -50,7 +50,7 @@ def test_a_site_that_the_runtime_cannot_take_is_left_alone() -> None:
         (12, 1, "records of pages"),
         (13, 1, "keeps its first pages"),
         (1, "query", "not written by one append"),
-        (4, "keys", "not listed in order"),
+        (4, "keys", "not chosen among all pages"),
     ],
 )
 def test_what_is_declined(place: int, value: object, reason: str) -> None:

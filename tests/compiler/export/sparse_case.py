@@ -1,6 +1,7 @@
 """`DynamicSparseAttention` by the words of its schema: onnxruntime has it on GPUs alone.
 
-What is tested with it is not onnxruntime's kernel, but what a model hands to it.
+What is tested with it is not onnxruntime's kernel, but what a model hands to it. The other operator
+of onnxruntime's own in such a model is onnxruntime's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -51,7 +53,9 @@ class DynamicSparseAttention(OpRun):
         assert seqlens_k.shape == (batch,) and total_sequence_length == seqlens_k.max() + 1
         for whole in (selected_indices, selected_counts, seqlens_k, total_sequence_length):
             assert whole.dtype == INT32
-        held_key, held_value = past_key.copy(), past_value.copy()
+        assert past_key is None and past_value is None
+        room = (batch, kv_num_heads, int(total_sequence_length), size)
+        held_key, held_value = (np.full(room, np.nan, x.dtype) for x in (key, value))
         out = np.zeros_like(query).reshape(batch, n, num_heads, size)
         for b in range(batch):
             total = int(seqlens_k[b]) + 1
@@ -75,10 +79,40 @@ class DynamicSparseAttention(OpRun):
                     logits = keys.astype(np.float64) @ query[b, r, at].astype(np.float64) * scale
                     weights = np.exp(logits - logits.max())
                     out[b, r, h] = (weights / weights.sum()) @ values.astype(np.float64)
-        return out.reshape(query.shape), held_key, held_value
+        return (out.reshape(query.shape),)
+
+
+class GroupQueryAttention(OpRun):
+    """onnxruntime's, in a model of one node."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, *inputs: Any, **attributes: Any) -> Any:
+        names = [f"x{i}" if x is not None else "" for i, x in enumerate(inputs)]
+        given = {name: x for name, x in zip(names, inputs, strict=True) if name}
+        outputs = ["out", "keys", "values"]
+        set_ones = {name: value for name, value in attributes.items() if value is not None}
+        node = onnx.helper.make_node(
+            "GroupQueryAttention", names, outputs, domain="com.microsoft", **set_ones
+        )
+        graph = onnx.helper.make_graph(
+            [node],
+            "one",
+            [_named(name, x) for name, x in given.items()],
+            [onnx.helper.make_empty_tensor_value_info(name) for name in outputs],
+        )
+        opsets = [onnx.helper.make_opsetid(*one) for one in (("", 20), ("com.microsoft", 1))]
+        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        session = onnxruntime.InferenceSession(model.SerializeToString())
+        return tuple(session.run(outputs, given))
+
+
+def _named(name: str, x: Any) -> Any:
+    kind = onnx.helper.np_dtype_to_tensor_dtype(x.dtype)
+    return onnx.helper.make_tensor_value_info(name, kind, x.shape)
 
 
 def stand_in(path: Path) -> ReferenceEvaluator:
     """A model that runs without a GPU; slowly."""
     model = inline_local_functions(onnx.load(path))
-    return ReferenceEvaluator(model, new_ops=[DynamicSparseAttention])
+    return ReferenceEvaluator(model, new_ops=[DynamicSparseAttention, GroupQueryAttention])

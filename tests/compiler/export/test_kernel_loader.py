@@ -229,7 +229,6 @@ def test_both_languages_take_the_headers(targeted: Path, tmp_path: Path) -> None
         assert subprocess.run([tmp_path / suffix]).returncode == 0
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 def test_cmake_builds_it(targeted: Path, tmp_path: Path) -> None:
     asked = ["cmake", "-S", str(LOADER), "-B", str(tmp_path / "build")]
     refused = subprocess.run(asked, capture_output=True, text=True)

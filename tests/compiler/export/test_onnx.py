@@ -353,7 +353,7 @@ def test_a_model_that_onnx_refuses(folder: Path, tmp_path: Path) -> None:
 
 
 def test_bfloat16_is_refused() -> None:
-    message = "bfloat16, for which onnxruntime has no kernels on CPUs; convert it with --dtype"
+    message = "bfloat16, for which onnxruntime has no kernels on CPUs, where engines are checked"
     with pytest.raises(ValueError, match=message):
         onnx_portable.refuse_bfloat16(CONTRACT, Counter().to(torch.bfloat16))
     onnx_portable.refuse_bfloat16(CONTRACT, Counter().to(torch.float16))

@@ -55,9 +55,10 @@ def mistral() -> MistralForCausalLM:
     return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=24)).eval()
 
 
-def gpt2() -> GPT2LMHeadModel:
+def gpt2(**options: int) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
+    sizes |= options
     return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
 
 
@@ -173,6 +174,16 @@ def test_what_the_operator_cannot_take_is_said() -> None:
     assert "no kernel for torch.bfloat16" in onnx_ort._why_not(
         replace(layout, value_dim=8, dtype=torch.bfloat16)
     )
-    narrow = replace(layout, key_dim=6, value_dim=6)
-    assert "multiples of 8, not 6" in onnx_ort._why_not(narrow)
     assert onnx_ort._why_not(replace(layout, value_dim=8)) == ""
+
+
+def test_a_width_that_the_operator_cannot_take_is_said() -> None:
+    compiled = build(gpt2(n_embd=24), "dense", kernels="off", check=False)
+    _, graphs = functional_graphs(compiled)
+    assert compiled.program is not None
+    notes, _ = onnx_ort.fuse(graphs, compiled.program.layouts)
+    assert notes == [
+        "model.onnx: 0 reads by GroupQueryAttention",
+        "model.onnx: a read stays a portable node: GroupQueryAttention takes widths that are "
+        "multiples of 8, not 12",
+    ]

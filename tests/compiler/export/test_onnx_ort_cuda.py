@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,22 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from memcompile.compiler.export import onnx_check, onnx_ort_cuda
+from memcompile.compiler.export import onnx_check, onnx_ort, onnx_ort_cuda, onnx_session
 from memcompile.compiler.export.contract import read_contract
 from memcompile.compiler.export.driver import Driver
 from memcompile.compiler.export.formats import Artefact
-from memcompile.compiler.export.runners import CannotRun, runner
+from memcompile.compiler.export.onnx_portable import functional_graphs
+from memcompile.compiler.export.runners import CannotRun, prefill_runner, runner
 from memcompile.compiler.export.verify import trace
 from memcompile.compiler.pipeline import Compiled, build
+from memcompile.passes.fuse_listed import fuse_listed
 from memcompile.passes.result import NotRewritten
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 SCOUT: dict[str, Any] = {
-    "budget": 48, "page_size": 8, "sinks": 8, "window": 8, "dense_layers": 0, "compensate": False,
+    "budget": 48, "page_size": 8, "sinks": 8, "window": 8, "dense_layers": 1, "compensate": False,
 }  # fmt: skip
 
 
@@ -69,11 +70,13 @@ def driver(folder: Path, batch: int) -> Driver:
 def test_what_is_written(made: tuple[Path, Compiled, Artefact]) -> None:
     folder, _, artefact = made
     kinds = nodes(folder / "model.onnx")
-    assert kinds.count("DynamicSparseAttention") == 2 and "MemcAttend" not in kinds
+    assert kinds.count("DynamicSparseAttention") == kinds.count("GroupQueryAttention") == 1
+    assert "MemcAttend" not in kinds
     assert nodes(folder / "prefill.onnx").count("GroupQueryAttention") == 2
     told = " ".join(artefact.notes)
-    assert "model.onnx: 2 reads by DynamicSparseAttention" in told
-    assert "needs the CUDA provider" in told and "unverified: model.onnx was not run" in told
+    assert "model.onnx: 1 reads by DynamicSparseAttention" in told
+    assert "needs the CUDA provider" in told and "model.onnx was not run" in told
+    assert "stays a portable node" not in told
 
 
 def test_reads_are_the_engines(made: tuple[Path, Compiled, Artefact]) -> None:
@@ -97,7 +100,7 @@ def test_reads_are_the_engines(made: tuple[Path, Compiled, Artefact]) -> None:
 def test_other_groups(kv_heads: int, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = tmp_path / "onnx-ort-cuda"
     model = llama(num_key_value_heads=kv_heads, num_hidden_layers=1).to(dtype)
-    compiled, _ = emitted(folder, model)
+    compiled, _ = emitted(folder, model, dense_layers=0)
     assert compiled.program is not None
     eager, ours = trace(compiled.program, 2, 100, 4), driver(folder, 2)
     for tokens, expected in zip(eager.tokens, eager.logits, strict=True):
@@ -108,7 +111,7 @@ def test_other_groups(kv_heads: int, dtype: torch.dtype, tmp_path: Path) -> None
     ("policy", "options", "told"),
     [
         ("scout", {**SCOUT, "compensate": True}, r"by their summaries \(compensate=False does not"),
-        ("dense", {}, "onnx-ort runs under the CUDA provider, too"),
+        ("dense", {}, "no read for DynamicSparseAttention; export onnx-ort"),
     ],
     ids=["compensating", "dense"],
 )
@@ -138,9 +141,45 @@ def test_a_model_that_onnxruntime_does_not_know_is_refused(
         onnx_check.check_resolves(made[0] / "model.onnx", "Another")
 
 
-def test_it_does_not_run_here(made: tuple[Path, Compiled, Artefact]) -> None:
+def test_without_a_gpu_it_does_not_run(
+    made: tuple[Path, Compiled, Artefact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wheel may have the provider where no GPU is: sessions then fall back without a word."""
+    import onnxruntime
+
     folder, _, artefact = made
-    with pytest.raises(CannotRun, match="it needs onnxruntime's CUDA provider"):
-        runner(folder, artefact, read_contract(folder))
-    with pytest.raises(CannotRun):
-        runner(folder, replace(artefact, format="onnx-genai"), read_contract(folder))
+    real = onnxruntime.InferenceSession
+
+    def falls_back(model: Any, options: Any, providers: Any) -> Any:
+        return real(model, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", falls_back)
+    for listed in ([], ["CUDAExecutionProvider"]):
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda listed=listed: listed)
+        with pytest.raises(CannotRun, match="it needs a GPU and onnxruntime with its CUDA"):
+            runner(folder, artefact, read_contract(folder))
+
+
+def test_where_a_gpu_is_both_models_run_on_it(
+    made: tuple[Path, Compiled, Artefact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, artefact = made
+    asked: list[tuple[str, bool]] = []
+    monkeypatch.setattr(onnx_session, "has_cuda", lambda: True)
+    monkeypatch.setattr(
+        onnx_session, "load_model", lambda path, cuda=False: asked.append((path.name, cuda))
+    )
+    runner(folder, artefact, read_contract(folder))
+    prefill_runner(folder, artefact, read_contract(folder), {})
+    assert asked == [("model.onnx", True), ("prefill.onnx", True)]
+
+
+def test_what_is_declined_keeps_its_reason() -> None:
+    """Not the other fusion's, which has nothing to do with pages that are chosen."""
+    compiled = build(llama(), "scout", kernels="off", check=False, **{**SCOUT, "dense_layers": 0})
+    _, graphs = functional_graphs(compiled)
+    assert compiled.program is not None
+    chosen = fuse_listed(graphs["model.onnx"], {"site1_keys": "its keys are wider"})
+    notes, _ = onnx_ort.fuse(graphs, compiled.program.layouts, chosen.declined)
+    assert "model.onnx: a read stays a portable node: its keys are wider" in notes
+    assert not [note for note in notes if "pages that it chooses" in note]

@@ -111,7 +111,7 @@ def test_a_folder_without_such_an_engine(say: Any, compiled: Compiled, tmp_path:
     place = package.write(tmp_path / "plain", compiled)
     said = say("run", place, "--ids", "--prompt", "1", *ONNX)
     assert said.code == 2
-    assert "no ONNX engine in it (it holds no engine in any format)" in said.err
+    assert "no ONNX engine for the CPU in it (it holds no engine in any format)" in said.err
     assert "--emit onnx-ort" in said.err
 
 
