@@ -92,7 +92,9 @@ def test_every_command_is_one_that_there_is() -> None:
 
 def test_every_format_has_a_page() -> None:
     text = GUIDE.read_text()
-    rows = dict(re.findall(r"^\| `([a-z-]+)` \|.*\]\(shipping/(\w+)\.md\) \|$", text, re.MULTILINE))
+    rows = dict(
+        re.findall(r"^\| `([a-z-]+)` \|.*\]\(shipping/(\w+)\.md(?:#\w+)?\) \|$", text, re.MULTILINE)
+    )
     assert list(rows) == list(FORMATS)
     assert {path.stem for path in PAGES} == {*rows.values()}
     for page in PAGES:

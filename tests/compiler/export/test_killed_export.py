@@ -29,7 +29,7 @@ def half(traced, package):
     print("half", flush=True)
     time.sleep(100)
 
-inductor.trace_flat = lambda *given: None
+inductor.trace_flat = inductor.check_operations = lambda *given: None
 inductor.compile_package = half
 compiled = build(llama(), "dense", kernels="off", check=False)
 for attempt in range(2):
