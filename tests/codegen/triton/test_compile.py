@@ -29,7 +29,6 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
 TARGETS = ("cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "cuda:sm_120", "hip:gfx942")
-GATE = ("cuda:sm_90", "hip:gfx942")
 LLAMA: dict[str, Any] = dict(dtype="bfloat16", key_dim=128, value_dim=128, page_size=64)
 SUMMARY = ("mean", "std", "value_mean", "log_count")
 READ = {
@@ -97,16 +96,20 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 # The others have the tables of sm_90's neighbours; `make test-long` compiles every preset for all.
 @pytest.mark.parametrize(
-    "target",
+    ("target", "specs"),
     [
-        target if target in GATE else pytest.param(target, marks=pytest.mark.long)
-        for target in TARGETS
+        pytest.param("cuda:sm_90", SPECS, id="cuda:sm_90"),
+        pytest.param("hip:gfx942", LLAMA_STEP, id="hip:gfx942"),
+        pytest.param("hip:gfx942", SPECS, id="hip:gfx942-all", marks=pytest.mark.long),
+        *(
+            pytest.param(target, LLAMA_STEP, id=target, marks=pytest.mark.long)
+            for target in ("cuda:sm_80", "cuda:sm_100", "cuda:sm_120")
+        ),
     ],
 )
-def test_kernels_compile_and_fit(target: str) -> None:
+def test_kernels_compile_and_fit(target: str, specs: tuple[KernelSpec, ...]) -> None:
     backend = target.split(":")[0]
-    chosen = SPECS if target in GATE else LLAMA_STEP
-    for spec in (*chosen, *(STATE[kind] for kind in STATE_ON[target])):
+    for spec in (*specs, *(STATE[kind] for kind in STATE_ON[target])):
         for compiled in compile_for(spec, target):
             assert compiled.binary
             assert compiled.shared <= blocks.architecture(target).shared, (spec, compiled.role)
