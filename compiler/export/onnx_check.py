@@ -137,10 +137,7 @@ def can_run() -> bool:
 
 
 def check_answers(
-    path: Path,
-    graph: torch.nn.Module,
-    contract: Contract,
-    opaque: Collection[str] = (),
+    path: Path, graph: torch.nn.Module, contract: Contract, opaque: Collection[str] = ()
 ) -> float:
     """Runs the model beside the graph it was made from: a chunk, then single tokens.
 
