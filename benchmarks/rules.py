@@ -13,6 +13,7 @@ from typing import Any
 CACHES = 4  # times the last-level cache: what a contender reads before it reads a byte again
 ASSUMED_CACHE = 64 << 20  # where the machine does not say
 CALLS_A_TURN = 24
+PACED = 3  # calls whose fastest says how many a turn holds: those of a new session are slow
 TURN_SECONDS = 0.02
 FAR_BEHIND = 4.0
 
@@ -110,7 +111,8 @@ def measure(
 
     A turn is one call that is not timed, since the caches are full of another's code and data, and
     then timed calls: as many as fill `turn_seconds`, one at least and CALLS_A_TURN at most, their
-    number set once, in a round before the first. A machine that slows down slows all of them.
+    number set once, in a round before the first, by the fastest of PACED. A machine that slows down
+    slows all of them.
 
     Raises:
         ValueError: no contenders, two of one name, or no rounds.
@@ -123,7 +125,7 @@ def measure(
     calls = {}
     for contender in contenders:
         contender.step(clock)
-        once = contender.step(clock)
+        once = min(contender.step(clock) for _ in range(PACED))
         fitting = int(turn_seconds / once) if once > 0 else CALLS_A_TURN
         calls[contender.name] = min(max(1, fitting), CALLS_A_TURN)
     seconds: dict[str, list[float]] = {name: [] for name in names}

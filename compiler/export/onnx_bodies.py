@@ -23,22 +23,26 @@ if TYPE_CHECKING:
 _OPERATORS = {node: name for name, node in NODES.items()}
 
 
-def attach_bodies(models: Sequence[ir.Model]) -> None:
+def attach_bodies(models: Sequence[ir.Model], branches: bool = True) -> None:
     """Gives every memory node of these models a body; calls alike share one.
 
     Bodies depend on types, sizes and static arguments: where an operator is called in several ways,
     each has its own function, told apart by the node's `overload`.
+
+    Args:
+        branches: whether bodies may hold an If.
     """
 
     calls: dict[Any, list[ir.Node]] = {}
     for model in models:
         for node in model.graph:
             if node.domain == DOMAIN:
+                _drop_unread(node)
                 calls.setdefault(_key(node), []).append(node)
     if not calls:
         return
     opset = models[0].opset_imports[""]
-    functions = [_function(nodes[0], opset) for nodes in calls.values()]
+    functions = [_function(nodes[0], opset, branches) for nodes in calls.values()]
     used: dict[str, int] = {}
     for nodes, function in zip(calls.values(), functions, strict=True):
         kind = nodes[0].op_type
@@ -55,10 +59,21 @@ def attach_bodies(models: Sequence[ir.Model]) -> None:
         model.opset_imports[DOMAIN] = 1
 
 
+def _drop_unread(node: ir.Node) -> None:
+    """Drops outputs at a node's end that nothing reads: runtimes compute them all the same."""
+    count = len(node.outputs)
+    while count > 1:
+        last = node.outputs[count - 1]
+        if last.uses() or last.is_graph_output():
+            break
+        count -= 1
+    node.resize_outputs(count)
+
+
 def _key(node: ir.Node) -> Any:
     attributes = tuple((name, _static(value)) for name, value in sorted(node.attributes.items()))
     types = tuple((value.dtype, str(value.shape)) for value in node.inputs if value is not None)
-    return node.op_type, attributes, types
+    return node.op_type, attributes, types, len(node.outputs)
 
 
 def _static(attribute: Any) -> Any:
@@ -66,7 +81,7 @@ def _static(attribute: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
-def _function(node: ir.Node, opset: int) -> ir.Function:
+def _function(node: ir.Node, opset: int, branches: bool) -> ir.Function:
     """What a node means."""
     import onnx_ir as ir
 
@@ -76,7 +91,7 @@ def _function(node: ir.Node, opset: int) -> ir.Function:
         assert value is not None and value.shape is not None and value.dtype is not None
         sizes = [size if isinstance(size, int) else str(size.value) for size in value.shape]
         given[name] = (_torch_dtype(value.dtype), sizes)
-    graph, results = write_body(_OPERATORS[node.op_type], given, static, opset)
+    graph, results = write_body(_OPERATORS[node.op_type], given, static, opset, len(node.outputs))
     _check_results(node, results)
     attributes = [ir.Attr(name, value.type, None) for name, value in node.attributes.items()]
     return ir.Function(DOMAIN, node.op_type, "", graph=graph, attributes=attributes)
@@ -87,6 +102,8 @@ def write_body(
     given: Mapping[str, tuple[torch.dtype, Sequence[int | str]]],
     static: Mapping[str, Any],
     opset: int,
+    count: int | None = None,
+    branches: bool = True,
 ) -> tuple[ir.Graph, list[Symbol]]:
     """An operator's text, run on stand-ins of its tensors.
 
@@ -95,6 +112,8 @@ def write_body(
         given: type and shape of each tensor; those of a list are `index_0`, `index_1`, ... Sizes
             that are only known when the engine runs are symbols or multiples: `8*units`.
         static: its other arguments.
+        count: of its outputs, as many as are wanted; None: all.
+        branches: as `attach_bodies`.
 
     Returns:
         The graph; its outputs, `out0`, `out1`, ...
@@ -102,7 +121,7 @@ def write_body(
     import onnx_ir as ir
     import onnx_ir.passes.common as passes
 
-    recorder = Recorder(opset)
+    recorder = Recorder(opset, branches)
     by_name: dict[str, Symbol] = {}
     for key, (dtype, sizes) in given.items():
         number = ir.DataType.from_numpy(numpy_of(dtype))
@@ -110,7 +129,7 @@ def write_body(
         by_name[key] = symbol_of(recorder, value, dtype, sizes)
     operator = portable.operator(name)
     made = portable.TEXTS[operator](*_arguments(operator, by_name, static))
-    results = [made] if isinstance(made, Symbol) else [*made]
+    results = ([made] if isinstance(made, Symbol) else [*made])[:count]
     outputs = written(results)
     for order, output in enumerate(outputs):
         output.name = f"out{order}"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .onnx_recorder import Size, broadcast
-from .onnx_symbols import Symbol, operand, pair, where
+from .onnx_symbols import Symbol, operand, pair, where, written
 
 
 def _div(value: Symbol, by: Any, rounding_mode: str) -> Symbol:
@@ -84,21 +84,59 @@ def _largest(scores: Symbol, count: int) -> tuple[Symbol, Symbol]:
     return scores._new(values, shape=shape), scores._new(order, torch.int64, shape)
 
 
+def _sort(of: Symbol, dim: int) -> tuple[Symbol, Symbol]:
+    count = of.shape[dim]
+    if isinstance(count, Size):
+        raise TypeError(f"sort of an axis of {count!r}")
+    k = of.recorder.constant([count])
+    values, order = of._op("TopK", k, outputs=2, axis=of._axis(dim), largest=0, sorted=1)
+    return of._new(values), of._new(order, torch.int64)
+
+
+def _if_any(counts: Symbol, compute: Callable[[], list[Symbol]]) -> list[Symbol]:
+    recorder = counts.recorder
+    some = counts.amax(0).to(torch.bool)
+    if not recorder.branches:
+        return [where(some, made, 0) for made in compute()]
+    with recorder.branch() as then:
+        made = compute()
+        results = written(made)
+    with recorder.branch() as otherwise:
+        zeros = written([some.new_zeros(symbol.shape, symbol.dtype) for symbol in made])
+    dtypes = [symbol.dtype for symbol in made]
+    values = recorder.choice(some.value, dtypes, (then, results), (otherwise, zeros))
+    return [symbol._new(value) for symbol, value in zip(made, values, strict=True)]
+
+
+def _rows_of(of: Symbol, at: Symbol) -> Symbol:
+    """GatherND: batch and heads are the operator's own axes, there is nothing to be numbered."""
+    made = of._op("GatherND", at.unsqueeze(at.dim()).value, batch_dims=2)
+    return of._new(made, shape=[*at.shape, *of.shape[3:]])
+
+
 def _put_rows(cache: Symbol, at: Symbol, new: Symbol) -> Symbol:
     """ScatterND straight on the cache: where its output is bound to its input, it is updated in
     place."""
     batch, heads = cache.shape[:2]
-    row = at[:, None].expand(-1, heads, -1)  # [B, Hkv, n]
-    first = _iota(batch, at)[:, None, None].expand(*row.shape)
-    second = _iota(heads, at)[None, :, None].expand(*row.shape)
-    apart = [x.unsqueeze(3) for x in (first, second, row)]
-    where = at.recorder.op("Concat", *(x.value for x in apart), axis=-1)
-    return cache._new(cache._op("ScatterND", where, new.to(cache.dtype).value))
+    if isinstance(heads, Size):
+        raise TypeError(f"rows put at {heads!r} heads")
+    # (b, h, row) as a sum of three, each in its own place.
+    sequence = _iota(batch, at)[:, None, None, None] * _own(at, [[1, 0, 0]])
+    head = _own(at, [[[[0, h, 0]] for h in range(heads)]])  # [1, Hkv, 1, 3]
+    row = at.unsqueeze(1, 3) * _own(at, [[0, 0, 1]])  # [B, 1, n, 3]
+    where = (sequence + head) + row
+    return cache._new(cache._op("ScatterND", where.value, new.to(cache.dtype).value))
+
+
+def _own(like: Symbol, numbers: Any) -> Symbol:
+    array = np.asarray(numbers)
+    return like._new(like.recorder.constant(array), torch.int64, array.shape)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "iota": _iota,
     "where": where,
+    "maximum": lambda a, b: pair("Max", a, b),
     "minimum": lambda a, b: pair("Min", a, b),
     "remainder": _remainder,
     "div": _div,
@@ -111,5 +149,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "full_like": _full_like,
     "ones_like": lambda x, dtype=None: _full_like(x, 1, dtype),
     "largest": _largest,
+    "sort": _sort,
+    "rows_of": _rows_of,
+    "if_any": _if_any,
     "put_rows": _put_rows,
 }

@@ -134,15 +134,20 @@ def onnx_models(
     *,
     opset: int = OPSET,
     translations: Mapping[str, Translation] | None = None,
+    branches: bool = True,
 ) -> dict[str, ir.Model]:
-    """`onnx_model` of each graph, complete: with bodies, shared by name, and readable sizes."""
+    """`onnx_model` of each graph, complete: with bodies, shared by name, and readable sizes.
+
+    Args:
+        branches: whether bodies may hold an If, which spares a step what only full pages need.
+    """
     from .onnx_bodies import attach_bodies
 
     models = {
         name: onnx_model(graph, contract, opset=opset, translations=translations)
         for name, graph in graphs.items()
     }
-    attach_bodies(list(models.values()))
+    attach_bodies(list(models.values()), branches)
     for model in models.values():
         rename_dims(model, contract)
     return models

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,10 +34,14 @@ def numpy_of(dtype: torch.dtype) -> np.dtype[Any]:
 
 
 class Recorder:
-    """The nodes written so far."""
+    """The nodes written so far.
 
-    def __init__(self, opset: int) -> None:
-        self.opset = opset
+    Args:
+        branches: whether what is not always needed may be computed in a branch, an If of its own.
+    """
+
+    def __init__(self, opset: int, branches: bool = True) -> None:
+        self.opset, self.branches = opset, branches
         self.nodes: list[ir.Node] = []
         self.made: dict[Any, Sequence[ir.Value]] = {}
         self.sources: dict[Any, tuple[ir.Value, int, int]] = {}  # symbol: tensor, axis, factor
@@ -64,6 +69,48 @@ class Recorder:
             self.made[key] = made.outputs
         return self.made[key][0]
 
+    @contextmanager
+    def branch(self) -> Iterator[list[ir.Node]]:
+        """The nodes written inside, for a graph of their own: nothing outside can use them.
+
+        It has constants of its own, too: onnxruntime joins equal ones within a graph alone.
+        """
+        nodes, made = self.nodes, self.made
+        inside: list[ir.Node] = []
+        self.nodes = inside
+        self.made = {key: found for key, found in made.items() if key[0] != "Constant"}
+        try:
+            yield inside
+        finally:
+            self.nodes, self.made = nodes, made
+
+    def choice(
+        self,
+        condition: ir.Value,
+        dtypes: Sequence[torch.dtype],
+        *branches: tuple[Sequence[ir.Node], Sequence[ir.Value]],
+    ) -> Sequence[ir.Value]:
+        """If: the results of the first of two branches (its nodes, its results) where the condition
+        holds, those of the second otherwise.
+
+        Args:
+            dtypes: of the results.
+        """
+        import onnx_ir as ir
+
+        graphs = {}
+        for kind, (nodes, results) in zip(("then_branch", "else_branch"), branches, strict=True):
+            # Names of their own: a graph within another may not use its names again.
+            for number, value in enumerate(output for node in nodes for output in node.outputs):
+                value.name = f"{kind}_{len(self.nodes)}_{number}"
+            for value, dtype in zip(results, dtypes, strict=True):
+                value.type = ir.TensorType(ir.DataType.from_numpy(numpy_of(dtype)))
+            graphs[kind] = ir.Graph([], results, nodes=nodes, name=kind)
+        made = ir.node("If", [condition], graphs, num_outputs=len(branches[0][1]))
+        self.nodes.append(made)
+        results: Sequence[ir.Value] = made.outputs
+        return results
+
     def sizes(self, value: ir.Value, shape: Sequence[int | str]) -> list[int | Size]:
         """Those of an input; those that only a running engine knows are expressions, `8*units`."""
         made: list[int | Size] = []
@@ -73,7 +120,8 @@ class Recorder:
                 continue
             expression = parsed(size)
             factor, symbol = expression.as_coeff_Mul()
-            if symbol.is_Symbol and (symbol not in self.sources or factor == 1):
+            # The first input that has it as it is: bodies that share a graph then share a node.
+            if symbol.is_Symbol and self.sources.get(symbol, (None, 0, 2))[2] != 1:
                 self.sources[symbol] = (value, axis, int(factor))
             made.append(Size(self, expression))
         return made

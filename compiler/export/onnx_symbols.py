@@ -150,7 +150,10 @@ class Symbol:
         return pair("Min", self, most)
 
     def clamp(self, least: Any, most: Any) -> Symbol:
-        return self.clamp_min(least).clamp_max(most)
+        if not self.dtype.is_floating_point:
+            return self.clamp_min(least).clamp_max(most)
+        ends = (self.recorder.constant(end, self.dtype) for end in (least, most))
+        return self._new(self._op("Clip", *ends))
 
     def masked_fill(self, mask: Symbol, value: float | Size) -> Symbol:
         return where(mask, value, self)
@@ -203,7 +206,12 @@ class Symbol:
             return self
         if self.reshaped is not None:
             return self.reshaped.view(*sizes)
-        # 0 keeps an axis as it is, and one size may be left to follow from the others.
+        made = self._new(self._op("Reshape", self._sizes(self._target(sizes))), shape=sizes)
+        made.reshaped = self
+        return made
+
+    def _target(self, sizes: Sequence[int | Size]) -> list[int | Size]:
+        """What Reshape is told: 0 keeps an axis as it is, and one may follow from the others."""
         target: list[int | Size] = []
         for axis, size in enumerate(sizes):
             kept = axis < self.dim() and size == self.shape[axis] and isinstance(size, Size)
@@ -211,9 +219,7 @@ class Symbol:
         unknown = [axis for axis, size in enumerate(target) if isinstance(size, Size)]
         if len(unknown) == 1:
             target[unknown[0]] = -1
-        made = self._new(self._op("Reshape", self._sizes(target)), shape=sizes)
-        made.reshaped = self
-        return made
+        return target
 
     def _sizes(self, sizes: Sequence[int | Size]) -> ir.Value:
         """Sizes as one int64 tensor."""
@@ -244,9 +250,13 @@ class Symbol:
     def unsqueeze(self, *axes: int) -> Symbol:
         """With axes of size 1 at these places of the result."""
         shape = list(self.shape)
-        for axis in sorted(axes):
+        axes = tuple(sorted(axis % (self.dim() + len(axes)) for axis in axes))
+        for axis in axes:
             shape.insert(axis, 1)
-        return self._new(self._op("Unsqueeze", self.recorder.constant(sorted(axes))), shape=shape)
+        source = self.reshaped
+        if source is not None and not any(isinstance(x, Size) for x in source._target(shape)):
+            return source.view(*shape)
+        return self._new(self._op("Unsqueeze", self.recorder.constant(axes)), shape=shape)
 
     def squeeze(self, axis: int) -> Symbol:
         axis = self._axis(axis)

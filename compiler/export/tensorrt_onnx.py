@@ -47,7 +47,7 @@ def write_inlined(folder: Path, compiled: Compiled, suffix: str = "") -> Contrac
     require_onnx()
     contract, graphs = functional_graphs(compiled)
     check_lists(graphs.values())
-    models = onnx_models(graphs, contract)
+    models = onnx_models(graphs, contract, branches=False)
     for name, model in models.items():
         check_interface(model, contract, name)
         check_depends(model, contract, name)

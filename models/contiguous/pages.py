@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import (
+    handle_torch_function,
+    has_torch_function_unary,
+    has_torch_function_variadic,
+)
 
 from ..memory.paged import wide
 
@@ -19,6 +25,19 @@ def iota(count: int, like: Tensor) -> Tensor:
         made: Tensor = handle_torch_function(iota, (like,), count, like)
         return made
     return torch.arange(count, device=like.device)
+
+
+def if_any(counts: Tensor, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What `compute` gives where any of the counts, int64 [B], is not 0; zeros otherwise.
+
+    As `iota`, asks stand-ins: they may not compute at all. Whatever else computes it always, as
+    nothing here may hang on the values of tensors.
+    """
+    if has_torch_function_unary(counts):
+        given: list[Tensor] = handle_torch_function(if_any, (counts,), counts, compute)
+        return given
+    some = (counts > 0).any()
+    return [torch.where(some, made, 0) for made in compute()]
 
 
 def columns_of(page: Tensor, columns: int, pinned: int) -> Tensor:
@@ -43,7 +62,11 @@ def pages_in(position: Tensor, lengths: Tensor, columns: int, size: int, pinned:
 
 
 def rows_of(tensor: Tensor, at: Tensor) -> Tensor:
-    """Rows of [B, Hkv, X, ...] at [B, Hkv, ...] (int64): [B, Hkv, ..., ...]."""
+    """Rows of [B, Hkv, X, ...] at [B, Hkv, ...] (int64): [B, Hkv, ..., ...]; as `iota`, asks
+    stand-ins."""
+    if has_torch_function_variadic(tensor, at):
+        made: Tensor = handle_torch_function(rows_of, (tensor, at), tensor, at)
+        return made
     batch, heads, count = tensor.shape[:3]
     base = iota(batch * heads, at).view(batch, heads) * count
     flat = (at + base.view(batch, heads, *[1] * (at.dim() - 2))).flatten()
@@ -79,4 +102,4 @@ def query_rows(query: Tensor, heads: int) -> Tensor:
 def standing(position: Tensor, lengths: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The token [B, n] of each row, int64, and which rows are valid, bool [B, n]."""
     row = iota(n, position)
-    return position.long()[:, None] + row, row < lengths[:, None]
+    return position.long()[:, None] + row, row < lengths.long()[:, None]

@@ -27,12 +27,14 @@ def attend(
     slots: int,
     pinned: int,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` of `ops.py`.
+    """`attend` of `ops.py`, but for rows that see nothing: their out is some mean of the values, of
+    no weight beside others (lse -inf).
 
     Args:
         keys, values: [B, Hkv, columns * slots, D].
         bias: [B, Hkv, columns * slots], added to the logits.
-        pages: int64 [B, Hkv, n, S] of distinct pages, -1 = none, or None.
+        pages: int64 [B, Hkv, n, S] of distinct pages, -1 = none, as all of a row of padding are;
+            or None.
         size: tokens a page; each of its slots stands for size // slots of them.
     """
     if pages is not None and not exclude:
@@ -42,10 +44,10 @@ def attend(
         )  # fmt: skip
     logits = _logits(query, keys, bias, scale, softcap)
     visible = _visible(keys, pages, position, lengths, query.shape[2], window, size, slots, pinned)
-    weights, seen, lse = _weights(torch.where(visible[:, :, None], logits, LOWEST))
+    weights, lse = _weights(torch.where(visible[:, :, None], logits, LOWEST))
     group, n = logits.shape[2:4]
     out = (weights.flatten(2, 3) @ values.to(weights.dtype)).unflatten(2, (group, n))
-    return torch.where(seen, out, 0).flatten(1, 2), lse.flatten(1, 2)
+    return out.flatten(1, 2), lse.flatten(1, 2)
 
 
 def attend_page_lse(
@@ -64,13 +66,13 @@ def attend_page_lse(
     logits = _logits(query, keys, None, scale, softcap)
     visible = _visible(keys, None, position, lengths, query.shape[2], window, size, size, -1)
     visible = visible & (account >= 0).repeat_interleave(size, 2)[:, :, None]
-    weights, seen, lse = _weights(torch.where(visible[:, :, None], logits, LOWEST))
+    weights, lse = _weights(torch.where(visible[:, :, None], logits, LOWEST))
     group, n = logits.shape[2:4]
     out = (weights.flatten(2, 3) @ values.to(weights.dtype)).unflatten(2, (group, n))
     by_page = torch.where(visible[:, :, None], logits, NEGATIVE_INFINITY).unflatten(4, (-1, size))
     peak = by_page.amax(-1).clamp_min(LOWEST)
     page_lse = (by_page - peak[..., None]).exp().sum(-1).log() + peak
-    return torch.where(seen, out, 0).flatten(1, 2), lse.flatten(1, 2), page_lse.flatten(1, 2)
+    return out.flatten(1, 2), lse.flatten(1, 2), page_lse.flatten(1, 2)
 
 
 def summaries(
@@ -90,23 +92,29 @@ def summaries(
     """`attend.summaries` of `ops.py`: the listed pages, every other full one as one key.
 
     Args:
+        pages: ascending, -1 behind them.
+        page_logits: [B, H, n, columns], -inf where there is no summary to be read.
         value_mean: [B, Hkv, columns, Dv]; log_count: [B, Hkv, columns, 1].
     """
     heads, n = keys.shape[1], query.shape[2]
     exact, value = _listed(
         query, keys, values, None, pages, position, lengths, scale, softcap, 0, size, size, -1
     )
-    rest = _capped(page_logits.unflatten(1, (heads, -1)) * scale, softcap)
-    rest = rest + log_count.to(rest.dtype).squeeze(-1)[:, :, None, None]
-    visible = _visible(value_mean, pages, position, lengths, n, 0, size, 1, -1)
+    # What is read token by token has no summary: pages ascend, so that the first stands for none.
+    at = torch.maximum(pages, pages[..., :1]).clamp_min(0)
+    weight = log_count.to(exact.dtype).squeeze(-1)[:, :, None].expand(-1, -1, n, -1)
+    weight = weight.scatter(3, at, torch.full_like(at, LOWEST, dtype=exact.dtype))
+    given = page_logits.unflatten(1, (heads, -1))  # [B, Hkv, G, n, columns]
+    rest = _capped(given * scale, softcap) + weight[:, :, None]
+    if softcap:
+        rest = torch.where(given > NEGATIVE_INFINITY, rest, LOWEST)
     # One softmax over both: [B, Hkv, n, G, S*size + columns].
-    rest = torch.where(visible[:, :, None], rest, LOWEST).transpose(2, 3)
-    weights, seen, lse = _weights(torch.cat([exact, rest], -1))
+    weights, lse = _weights(torch.cat([exact, rest.clamp_min(LOWEST).transpose(2, 3)], -1))
     listed = exact.shape[-1]
     by_page = weights[..., listed:].transpose(2, 3)  # [B, Hkv, G, n, columns]
     out = weights[..., :listed] @ value
     others = (by_page.flatten(2, 3) @ value_mean.to(weights.dtype)).unflatten(2, by_page.shape[2:4])
-    out = torch.where(seen, out + others.transpose(2, 3), 0)
+    out = out + others.transpose(2, 3)
     return out.transpose(2, 3).flatten(1, 2), lse.transpose(2, 3).flatten(1, 2)
 
 
@@ -115,8 +123,8 @@ def _attend_listed(
 ) -> tuple[Tensor, Tensor]:
     """`_listed`, read: out and lse."""
     logits, value = _listed(query, keys, values, *given)
-    weights, seen, lse = _weights(logits)
-    out = torch.where(seen, weights @ value, 0)
+    weights, lse = _weights(logits)
+    out = weights @ value
     return out.transpose(2, 3).flatten(1, 2), lse.transpose(2, 3).flatten(1, 2)
 
 
@@ -141,23 +149,26 @@ def _listed(
     rows = query_rows(query, heads).transpose(2, 3)  # [B, Hkv, n, G, D]
     paged = [x.unflatten(2, (-1, slots)) for x in (keys, values)]
     columns = paged[0].shape[2]
-    column = columns_of(pages.clamp_min(0), columns, pinned).clamp_max(columns - 1)
+    there, column = pages >= 0, pages.clamp_min(0)
+    if pinned >= 0:
+        column = columns_of(column, columns, pinned)
+    elif slots != size:  # a level may lack the page that tokens are still written to
+        there, column = there & (pages < columns), column.clamp_max(columns - 1)
     key, value = (rows_of(x, column).to(rows.dtype).flatten(3, 4) for x in paged)
     logits = _capped((rows * scale) @ key.transpose(-1, -2), softcap)  # [B, Hkv, n, G, S*slots]
     if bias is not None:
         added = rows_of(bias.unflatten(2, (-1, slots)), column).flatten(3)
         logits = logits + added[:, :, :, None].to(logits.dtype)
-    token, live = standing(position, lengths, query.shape[2])
-    there = (pages >= 0) & live[:, None, :, None]
-    if pinned < 0:
-        there = there & (pages < columns)
+    token, _ = standing(position, lengths, query.shape[2])
     # Tokens of each page before the query's own; a slot is seen once its last token is.
     before = torch.where(there, token[:, None, :, None] - pages * size, -1)[..., None]
     last = (iota(slots, query) + 1) * (size // slots) - 1
     visible = before >= last  # [B, Hkv, n, S, slots]
     if window:
         visible = visible & (before - window < last)
-    return torch.where(visible.flatten(3)[:, :, :, None], logits, LOWEST), value
+    # Added to the logits, which are no more than rounding beside it: [B, Hkv, n, 1, S*slots].
+    hidden = torch.where(visible, 0.0, LOWEST).to(logits.dtype).flatten(3)[:, :, :, None]
+    return logits + hidden, value
 
 
 def _logits(
@@ -209,15 +220,15 @@ def _visible(
     return visible & (mark == 0).repeat_interleave(slots, 3)
 
 
-def _weights(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax of logits that are LOWEST where nothing is seen, whether a row sees anything, and the
-    log-sum-exp, -inf where it does not.
+def _weights(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of logits that are LOWEST where nothing is seen, and the log-sum-exp: -inf of a row
+    that sees nothing, whose weights are all alike.
 
     Runtimes have a softmax as one operator; what it divided by follows from its largest weight.
     """
     # Not -inf: a row of it alone has no softmax.
     peak = logits.amax(-1, keepdim=True)
     weights = torch.nn.functional.softmax(logits, dim=-1)
-    seen = peak > LOWEST
-    lse = torch.where(seen, peak - weights.amax(-1, keepdim=True).log(), NEGATIVE_INFINITY)
-    return weights, seen, lse.squeeze(-1)
+    lse = peak - weights.amax(-1, keepdim=True).log()
+    lse = torch.where(peak > LOWEST, lse, NEGATIVE_INFINITY)
+    return weights, lse.squeeze(-1)

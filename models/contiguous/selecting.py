@@ -24,24 +24,28 @@ def score_select(
     budget_pages: int,
     dense_below: int,
 ) -> Tensor:
-    """`score_select` of `ops.py`: int64 [B, Hkv, n, capacity]; every page has its own column."""
+    """`score_select` of `ops.py`: int64 [B, Hkv, n, capacity]; every page has its own column. Rows
+    of padding choose, too: any pages of the context.
+    """
     record = dict(zip(fields, index, strict=True))
     heads, columns = index[0].shape[1:3]
     rows = query_rows(query, heads)
     best = _scores(rows, {f: record[f].to(rows.dtype) for f in SCORE_FIELDS[score]}, score)
-    token, live = standing(position, lengths, query.shape[2])
-    at = torch.div(token, size, rounding_mode="trunc")[:, None, :, None]  # [B, 1, n, 1]
-    page = iota(columns, query)
-    always = (page < sink_pages) | (page >= at - window_pages)
-    everything = (at < budget_pages) | (token < dense_below)[:, None, :, None]
-    ranked = torch.where(always | everything, -LOWEST, best.clamp(LOWEST / 2, -LOWEST / 2))
-    ranked = torch.where((page <= at) & live[:, None, :, None], ranked, NEGATIVE_INFINITY)
+    always, own, everything = _always(
+        *(position, lengths, query.shape[2], columns, size, sink_pages, window_pages),
+        max(budget_pages * size, dense_below),
+    )
+    page = iota(columns, position)
+    ranked = torch.where(always, -LOWEST, best.clamp(LOWEST / 2, -LOWEST / 2))
+    ranked = torch.where(page <= own, ranked, NEGATIVE_INFINITY)
     # A context may have fewer columns than a list has places.
     ranked = torch.nn.functional.pad(ranked, (0, capacity), value=NEGATIVE_INFINITY)
     value, order = torch.ops.memcompile_portable.largest(ranked, capacity)
-    wanted = torch.where(everything, at + 1, budget_pages)
-    place = iota(capacity, query)
-    return _ascending(torch.where((place < wanted) & (value > NEGATIVE_INFINITY), order, -1))
+    chosen = value > NEGATIVE_INFINITY
+    if capacity > budget_pages:
+        wanted = torch.where(everything, capacity, budget_pages)
+        chosen = chosen & (iota(capacity, position) < wanted)
+    return _ascending(order, chosen)
 
 
 def page_logits(
@@ -58,15 +62,39 @@ def page_logits(
     """The product [B, H, n, columns] of each query with each page's mean key, float32; -inf where
     the row does not choose by score."""
     rows = query_rows(query, mean.shape[1])
-    token, live = standing(position, lengths, query.shape[2])
-    at = torch.div(token, size, rounding_mode="trunc")[:, None, None, :, None]
-    page = iota(mean.shape[2], query)
-    chosen = (page >= sink_pages) & (page < at - window_pages) & (at >= budget_pages)
-    chosen = chosen & (live & (token >= dense_below))[:, None, None, :, None]
+    always, _, _ = _always(
+        *(position, lengths, query.shape[2], mean.shape[2], size, sink_pages, window_pages),
+        max(budget_pages * size, dense_below),
+    )
     product = (rows.flatten(2, 3) @ mean.to(rows.dtype).transpose(-1, -2)).unflatten(
         2, (rows.shape[2], rows.shape[3])
     )
-    return torch.where(chosen, product, NEGATIVE_INFINITY).flatten(1, 2)
+    return torch.where(always[:, :, None], NEGATIVE_INFINITY, product).flatten(1, 2)
+
+
+def _always(
+    position: Tensor,
+    lengths: Tensor,
+    n: int,
+    columns: int,
+    size: int,
+    sink_pages: int,
+    window_pages: int,
+    dense_below: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pages [B, 1, n, columns] that rows do not choose by score: sinks, window, what is to come,
+    and everything of the rows before `dense_below`.
+
+    Returns:
+        also the page of each row, int64, and whether it reads everything, both [B, 1, n, 1].
+    """
+    token, _ = standing(position, lengths, n)
+    token = token[:, None, :, None]
+    own = torch.div(token, size, rounding_mode="trunc")
+    everything = token < dense_below
+    page = iota(columns, position)
+    always = page >= torch.where(everything, 0, own - window_pages)
+    return (always | (page < sink_pages) if sink_pages else always), own, everything
 
 
 def score_select_among(
@@ -107,7 +135,7 @@ def score_select_among(
     ranked = torch.nn.functional.pad(ranked, (0, budget_pages), value=NEGATIVE_INFINITY)
     value, order = torch.ops.memcompile_portable.largest(ranked, budget_pages)
     listed = torch.nn.functional.pad(candidates, (0, budget_pages), value=-1).gather(3, order)
-    return _ascending(torch.where(value > NEGATIVE_INFINITY, listed, -1))
+    return _ascending(listed, value > NEGATIVE_INFINITY)
 
 
 def _scores(rows: Tensor, records: dict[str, Tensor], score: str, own: bool = False) -> Tensor:
@@ -118,28 +146,28 @@ def _scores(rows: Tensor, records: dict[str, Tensor], score: str, own: bool = Fa
         records: [B, Hkv, columns, width]; own: [B, Hkv, n, S, width], each row its own.
     """
 
-    def product(of: Tensor, record: Tensor) -> Tensor:  # [B, Hkv, G, n, columns]
-        if own:
-            return (of @ record[:, :, None].transpose(-1, -2)).squeeze(-2)
-        flat: Tensor = of.flatten(2, 3) @ record.transpose(-1, -2)
-        by_row: Tensor = flat.unflatten(2, (of.shape[2], of.shape[3]))
-        return by_row
+    # [B, Hkv, G*n, columns]; own: [B, Hkv, G, n, 1, S].
+    flat = rows if own else rows.flatten(2, 3)
+
+    def product(of: Tensor, record: Tensor) -> Tensor:
+        made: Tensor = of @ (record[:, :, None] if own else record).transpose(-1, -2)
+        return made
 
     if score == "box":
-        total = product(rows.clamp_min(0), records["max"])
-        total = total + product(rows.clamp_max(0), records["min"])
+        total = product(flat.clamp_min(0), records["max"])
+        total = total + product(flat.clamp_max(0), records["min"])
     else:
-        total = product(rows, records["mean"])
+        total = product(flat, records["mean"])
         if score == "mean-std":
-            total = total + product(rows.abs(), records["std"])
+            total = total + product(flat.abs(), records["std"])
         elif score == "ball":
-            norm = rows.square().sum(-1, keepdim=True).sqrt()
+            norm = flat.square().sum(-1, keepdim=True).sqrt()
             total = total + product(norm, records["radius"])
-    return total.amax(2)
+    apart = total.squeeze(-2) if own else total.unflatten(2, (rows.shape[2], rows.shape[3]))
+    return apart.amax(2)
 
 
-def _ascending(pages: Tensor) -> Tensor:
-    """The pages of each row in order, -1 behind them."""
-    beyond = torch.where(pages >= 0, -pages, -FAR)
-    ordered, _ = torch.ops.memcompile_portable.largest(beyond, pages.shape[-1])
-    return torch.where(ordered > -FAR, -ordered, -1)
+def _ascending(pages: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen pages of each row in order, -1 behind them."""
+    ordered, _ = torch.sort(torch.where(chosen, pages, FAR), dim=-1)
+    return torch.where(ordered < FAR, ordered, -1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..memory.levels import folded
 from ..memory.paged import wide
 from ..memory.records import page_records
-from .pages import columns_of, iota, rows_of
+from .pages import columns_of, if_any, iota, rows_of
 
 
 def append(
@@ -22,22 +22,28 @@ def append(
 ) -> Tensor:
     """The cache [B, Hkv, capacity, D] with new [B, Hkv, n, D] at tokens position ...
 
+    Where every page has a column of its own, rows of padding are written, too, behind the tokens:
+    nothing reads what lies there before a token of a later call replaces it.
+
     Args:
         reach: tokens behind a query that it still reads, where pages take turns: a call whose
             tokens would push them out writes beyond the end, which raises.
     """
-    capacity, n = cache.shape[2], new.shape[2]
+    n = new.shape[2]
+    if pinned < 0:
+        slot = position.long()[:, None] + iota(n, new)
+        put: Tensor = torch.ops.memcompile_portable.put_rows(cache, slot, new.to(cache.dtype))
+        return put
+    capacity = cache.shape[2]
     count = lengths.long()[:, None]
     # Rows of padding write the last token once more, and a sequence of none its last one.
     row = torch.minimum(iota(n, new), (count - 1).clamp_min(0))  # [B, n]
     token = position.long()[:, None] + row
     token = torch.where(count > 0, token, (token - 1).clamp_min(0))
-    slot = token
-    if pinned >= 0:
-        page = torch.div(token, size, rounding_mode="trunc")
-        slot = columns_of(page, capacity // size, pinned) * size + torch.remainder(token, size)
-        room = capacity - pinned * size - reach - size
-        slot = torch.where(count <= room, slot, capacity)
+    page = torch.div(token, size, rounding_mode="trunc")
+    slot = columns_of(page, capacity // size, pinned) * size + torch.remainder(token, size)
+    room = capacity - pinned * size - reach - size
+    slot = torch.where(count <= room, slot, capacity)
     heads = new.shape[1]
     old = rows_of(cache, slot.clamp_max(capacity - 1)[:, None].expand(-1, heads, -1))
     given = rows_of(new, row[:, None].expand(-1, heads, -1)).to(cache.dtype)
@@ -66,13 +72,17 @@ def records(
         index: one [B, Hkv, columns, width] a field.
         pinned, record_pinned: of the pages, and of their records.
     """
-    page, live = _filled(position, lengths, new.shape[2], size)
+    page, filled = _filled(position, lengths, new.shape[2], size, index[0].shape[2], record_pinned)
     heads = new.shape[1]
     pages = [x.unflatten(2, (-1, size)) for x in (keys, values)]
-    column = columns_of(page, pages[0].shape[2], pinned)[:, None].expand(-1, heads, -1)
-    read = [rows_of(x, column).flatten(0, 2) for x in pages]  # [B*Hkv*t, size, D]
-    made = page_records(read[0], read[1], fields)
-    return _written(index, made, page, live, record_pinned)
+
+    def compute() -> list[Tensor]:
+        column = columns_of(page, pages[0].shape[2], pinned)[:, None].expand(-1, heads, -1)
+        read = [rows_of(x, column) for x in pages]  # [B, Hkv, t, size, D]
+        made = page_records(read[0], read[1], fields)
+        return [record.to(pool.dtype) for record, pool in zip(made, index, strict=True)]
+
+    return _written(index, if_any(filled, compute), page, filled, record_pinned)
 
 
 def fold(
@@ -89,38 +99,51 @@ def fold(
 ) -> list[Tensor]:
     """The index with the records of groups whose last child the new tokens filled."""
     size = child_size * ratio
-    group, live = _filled(position, lengths, new.shape[2], size)
-    child = group[..., None] * ratio + iota(ratio, group)  # [B, t, ratio]
-    column = columns_of(child, children[0].shape[2], child_pinned)[:, None]
-    column = column.expand(-1, new.shape[1], -1, -1)
-    read = {
-        field: rows_of(pool, column).to(wide(pool.dtype)).flatten(0, 2)
-        for field, pool in zip(fields, children, strict=True)
-    }
-    return _written(index, [folded(f, read, size) for f in fields], group, live, pinned)
+    group, filled = _filled(position, lengths, new.shape[2], size, index[0].shape[2], pinned)
+
+    def compute() -> list[Tensor]:
+        child = group[..., None] * ratio + iota(ratio, group)  # [B, t, ratio]
+        column = columns_of(child, children[0].shape[2], child_pinned)[:, None]
+        column = column.expand(-1, new.shape[1], -1, -1)
+        read = {
+            field: rows_of(pool, column).to(wide(pool.dtype))
+            for field, pool in zip(fields, children, strict=True)
+        }
+        made = [folded(field, read, size) for field in fields]
+        return [record.to(pool.dtype) for record, pool in zip(made, index, strict=True)]
+
+    return _written(index, if_any(filled, compute), group, filled, pinned)
 
 
-def _filled(position: Tensor, lengths: Tensor, n: int, size: int) -> tuple[Tensor, Tensor]:
-    """Pages [B, t] that n new tokens can fill, those that they did not standing for the last one
-    that is full; and for which sequences [B] they filled any."""
+def _filled(
+    position: Tensor, lengths: Tensor, n: int, size: int, columns: int, pinned: int
+) -> tuple[Tensor, Tensor]:
+    """Pages [B, t] that n new tokens can fill, and how many they did of each sequence, int64 [B].
+
+    Where records take turns, pages that were not filled stand for the last one that is full. Where
+    each has a column of its own they are themselves: nothing reads a record before its page is
+    full, when it is written again.
+    """
     first = torch.div(position.long(), size, rounding_mode="trunc")
     stop = torch.div(position.long() + lengths, size, rounding_mode="trunc")
     page = first[:, None] + iota(n // size + 1, position)
-    return torch.minimum(page, stop[:, None] - 1).clamp_min(0), stop > first
+    if pinned < 0:
+        page = page.clamp_max(columns - 1)
+    else:
+        page = torch.minimum(page, stop[:, None] - 1).clamp_min(0)
+    return page, stop - first
 
 
 def _written(
-    index: list[Tensor], made: list[Tensor], page: Tensor, live: Tensor, pinned: int
+    index: list[Tensor], made: list[Tensor], page: Tensor, filled: Tensor, pinned: int
 ) -> list[Tensor]:
-    """The index with `made` [B*Hkv*t, width] a field at pages [B, t] of the live sequences."""
-    heads = index[0].shape[1]
+    """The index with `made` [B, Hkv, t, width] a field at pages [B, t]."""
     column = columns_of(page, index[0].shape[2], pinned)
-    whole = column[:, None].expand(-1, heads, -1)
+    whole = column[:, None].expand(-1, index[0].shape[1], -1)
     written = []
     for pool, record in zip(index, made, strict=True):
-        record = record.to(pool.dtype).view(*whole.shape, pool.shape[3])
-        old = rows_of(pool, whole)
-        # Nothing filled: what is there is written again, whatever was computed.
-        record = torch.where(live[:, None, None, None], record, old)
+        if pinned >= 0:
+            # Nothing filled: what is there is written again, whatever was computed.
+            record = torch.where((filled > 0)[:, None, None, None], record, rows_of(pool, whole))
         written.append(torch.ops.memcompile_portable.put_rows(pool, column, record))
     return written

@@ -53,7 +53,7 @@ def fold(
 
 
 def folded(field: str, records: dict[str, Tensor], size: int) -> Tensor:
-    """One field of groups' records, [t, width], of their children's, [t, ratio, width] a field.
+    """One field of groups' records, [..., width], of their children's, [..., ratio, width] a field.
 
     Of equal shares of a group: means average; the variance of the whole is the mean variance of the
     shares and the variance of their means; a ball around the group's mean that holds every share's
@@ -61,18 +61,18 @@ def folded(field: str, records: dict[str, Tensor], size: int) -> Tensor:
     """
     of = records[field]
     if field == "log_count":
-        return torch.full_like(of[:, 0], math.log(size))
+        return torch.full_like(of[..., 0, :], math.log(size))
     if field == "min":
-        return of.amin(1)
+        return of.amin(-2)
     if field == "max":
-        return of.amax(1)
+        return of.amax(-2)
     if field in ("mean", "value_mean"):
-        return of.mean(1)
-    apart = records["mean"] - records["mean"].mean(1, keepdim=True)
+        return of.mean(-2)
+    apart = records["mean"] - records["mean"].mean(-2, keepdim=True)
     if field == "std":
-        return (of.square() + apart.square()).mean(1).sqrt()
-    reach: Tensor = apart.norm(dim=2, keepdim=True) + of
-    return reach.amax(1)
+        return (of.square() + apart.square()).mean(-2).sqrt()
+    reach: Tensor = apart.norm(dim=-1, keepdim=True) + of
+    return reach.amax(-2)
 
 
 def score_select_among(

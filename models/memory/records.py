@@ -87,27 +87,27 @@ def page_records(keys: Tensor, values: Tensor, fields: list[str]) -> list[Tensor
     """The index records of full pages.
 
     Args:
-        keys, values: [t, s, D].
+        keys, values: [..., s, D].
 
     Returns:
-        one [t, width] a field, in the summing type.
+        one [..., width] a field, in the summing type.
     """
     keys, values = (pages.to(wide(pages.dtype)) for pages in (keys, values))
-    mean = keys.mean(1)
-    apart = keys - mean[:, None]
+    mean = keys.mean(-2)
+    apart = keys - mean.unsqueeze(-2)
     records = {"mean": mean}
     if "std" in fields:
-        records["std"] = apart.square().mean(1).sqrt()
+        records["std"] = apart.square().mean(-2).sqrt()
     if "radius" in fields:
-        records["radius"] = apart.norm(dim=2).amax(1, keepdim=True)
+        records["radius"] = apart.norm(dim=-1).amax(-1, keepdim=True)
     if "min" in fields:
-        records["min"] = keys.amin(1)
+        records["min"] = keys.amin(-2)
     if "max" in fields:
-        records["max"] = keys.amax(1)
+        records["max"] = keys.amax(-2)
     if "value_mean" in fields:
-        records["value_mean"] = values.mean(1)
+        records["value_mean"] = values.mean(-2)
     if "log_count" in fields:
-        records["log_count"] = torch.full_like(mean[:, :1], math.log(keys.shape[1]))
+        records["log_count"] = torch.full_like(mean[..., :1], math.log(keys.shape[-2]))
     return [records[field] for field in fields]
 
 

@@ -9,6 +9,7 @@ import pytest
 from memcompile.benchmarks.rules import (
     CACHES,
     CALLS_A_TURN,
+    PACED,
     Bar,
     Contender,
     Timing,
@@ -50,8 +51,8 @@ def test_every_round_starts_with_the_next_contender() -> None:
     work = Work()
     contenders = [work.contender(name, 1.0) for name in "abc"]
     measure(contenders, 3, clock=work.clock)
-    # Two calls of each set how many a turn holds; then three rounds, each from another start.
-    assert turns(work.calls[6:]) == [*"abc", *"bca", *"cab"]
+    # The first calls of each set how many a turn holds; then three rounds, each from another start.
+    assert turns(work.calls[3 * (1 + PACED) :]) == [*"abc", *"bca", *"cab"]
 
 
 def test_states_rotate_over_warm_up_and_turns() -> None:
@@ -67,7 +68,18 @@ def test_the_first_call_of_a_turn_is_not_timed() -> None:
     timing = measure([work.contender("a", 1.0), work.contender("b", 2.0)], 5, clock=work.clock)
     assert timing["a"].seconds == (1.0,) * 5
     assert timing["b"].seconds == (2.0,) * 5
-    assert sum(name == "a" for name, _ in work.calls) == 2 + 5 * 2
+    assert sum(name == "a" for name, _ in work.calls) == 1 + PACED + 5 * 2
+
+
+def test_slow_first_calls_do_not_make_turns_short() -> None:
+    work = Work()
+    slow = iter((8.0, 4.0))
+
+    def call(state: int) -> None:
+        work.now += next(slow, 0.125)
+
+    timing = measure([Contender("a", call, 1, 1)], 1, turn_seconds=0.5, clock=work.clock)
+    assert timing["a"].seconds == (0.125,) * 4
 
 
 def test_short_calls_fill_a_turn_and_long_ones_are_called_once() -> None:
