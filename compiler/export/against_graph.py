@@ -86,12 +86,15 @@ class _Both:
         for row, valid in enumerate(lengths):
             expected, made = (x[contract.logits][row, :valid] for x in (want, got))
             self._compare(contract.logits, where, expected, made, None)
+        held = given[contract.position].cpu() + torch.tensor(lengths, dtype=torch.int32)
         for tensor in contract.state:
             name, same = tensor.input, tensor.output == tensor.input
             expected, made = given[name], copies[name]
             if not same:
                 expected, made = want[tensor.output], got[tensor.output]
-            self._compare(name, where, expected, made, before[name])
+            self._compare(
+                name, where, *(tensor.filled(x, held) for x in (expected, made, before[name]))
+            )
         return want
 
     def _named(self, made: list[Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ...models.memory.places import Place, SitePlaces, contiguous_names, splits_at
 from ...passes.remember import StepGraph
@@ -61,6 +61,17 @@ class StateTensor:
     def torch_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+    def filled(self, held: Tensor, position: Tensor) -> Tensor:
+        """`held` up to the tokens of each sequence, int [batch], and zeros behind: what a call leaves
+        there (padding, records of pages that are not full) nothing reads, and engines differ in."""
+        if self.grows is None:
+            return held
+        apart = held.movedim((self.batch_axis, self.grows.axis), (0, 1))
+        ends = position.cpu()[:, None] // self.grows.tokens
+        there = (torch.arange(apart.shape[1]) < ends).to(held.device)
+        kept = torch.where(there.view(*there.shape, *[1] * (apart.dim() - 2)), apart, 0)
+        return kept.movedim((0, 1), (self.batch_axis, self.grows.axis))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ position that looks constant. Here that is an error, before anyone is handed the
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -179,24 +179,14 @@ def check_answers(
         for tensor in contract.state:
             if tensor.input in opaque:
                 continue
-            pairs[tensor.output] = (
-                _written(tensor, made.state[tensor.input], truth.position),
-                _written(tensor, truth.state[tensor.input], truth.position),
+            have, want = (
+                tensor.filled(x.state[tensor.input], torch.tensor(truth.position))
+                for x in (made, truth)
             )
+            pairs[tensor.output] = (have, want)
         for name, (have, want) in pairs.items():
             worst = max(worst, compared(f"{path.name}: {name}", have, want, f"call {number + 1}"))
     return worst
-
-
-def _written(tensor: StateTensor, held: Tensor, position: Sequence[int]) -> Tensor:
-    """State up to each sequence's position, zeros behind: what an engine leaves there, nothing
-    reads."""
-    if tensor.grows is None:
-        return held
-    apart = held.movedim((tensor.batch_axis, tensor.grows.axis), (0, 1))
-    ends = torch.tensor(position)[:, None] // tensor.grows.tokens
-    there = torch.arange(apart.shape[1]) < ends
-    return torch.where(there.view(*there.shape, *[1] * (apart.dim() - 2)), apart, 0)
 
 
 def _calls(contract: Contract) -> list[int]:
