@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memcompile.compiler.cli import main
-from memcompile.compiler.exit_codes import BAD_INPUT, DIFFERS, OK
+from memcompile.compiler.exit_codes import BAD_INPUT, DIFFERS, NONE_RAN, OK
 from memcompile.compiler.export import formats, runners
 from memcompile.compiler.export.contract import Contract, contract_of, places_of, read_contract
 from memcompile.compiler.export.formats import Artefact, known_formats
@@ -145,16 +145,60 @@ def test_a_faulty_engine_is_told(
     assert onnx["run"] is not None and onnx["verified"] is None
 
 
-def test_what_cannot_run_here_is_no_fault(
+def no_runtime(path: Path, contract: Contract) -> Any:
+    raise CannotRun("onnxruntime is not installed")
+
+
+@pytest.mark.parametrize("how", [[], ["--quiet"], ["--json"]], ids=["table", "quiet", "json"])
+def test_where_nothing_runs_nothing_is_verified(
+    how: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runners, "RUNNERS", {"onnx": no_runtime})
+    command = ["verify", str(folder), "--prompt-tokens", "9", "--steps", "1", *how]
+    assert main(command) == NONE_RAN
+    said = capsys.readouterr()
+    assert said.err == (
+        "memcompile: nothing was verified, as no engine ran here (onnx: onnxruntime is not "
+        "installed; tensorrt: tensorrt engines do not run on this machine)\n"
+    )
+    if how == ["--json"]:
+        told = json.loads(said.out)["engines"]
+        assert [engine["outcome"] for engine in told] == ["not run", "not run"]
+    elif how == ["--quiet"]:
+        assert not said.out
+    else:
+        assert said.out.splitlines()[-1] == "not verified, since not run here: onnx, tensorrt"
+    held = json.loads((folder / "manifest.json").read_text())["artefacts"]
+    assert all(artefact["run"] is artefact["verified"] is None for artefact in held)
+    assert main([*command, "--only", "tensorrt"]) == NONE_RAN
+
+
+def test_one_that_runs_is_enough_and_the_others_are_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(folder), "--prompt-tokens", "9", "--steps", "1"]) == OK
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "not verified, since not run here: tensorrt"
+    assert not said.err
+
+
+def test_one_that_is_wrong_outweighs_those_that_do_not_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def make(path: Path, contract: Contract) -> Any:
-        raise CannotRun("onnxruntime is not installed")
+    monkeypatch.setattr(runners, "RUNNERS", {"onnx": fault(lose_keys)(runners.RUNNERS["onnx"])})
+    assert main(["verify", str(folder), "--prompt-tokens", "9", "--steps", "1"]) == DIFFERS
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "not verified, since not run here: tensorrt"
+    assert not said.err
 
-    monkeypatch.setattr(runners, "RUNNERS", {"onnx": make})
-    command = ["verify", str(folder), "--only", "onnx", "--prompt-tokens", "9", "--steps", "1"]
-    assert main(command) == OK
-    assert "not run" in capsys.readouterr().out
+
+def test_the_help_tells_the_outcomes_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--help"]) == OK
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{NONE_RAN} if none of them runs here: then nothing was verified" in said
 
 
 def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -207,10 +251,10 @@ def test_native_code_runs_with_consent_alone(
     out = tmp_path / "out"
     write(out, compiled, emit=["aoti"])
     command = ["verify", str(out), "--prompt-tokens", "9", "--steps", "1", "--json"]
-    assert main(command) == OK
+    assert main(command) == NONE_RAN
     (told,) = json.loads(capsys.readouterr().out)["engines"]
     assert told["outcome"] == "not run" and "--trust-native" in told["reason"] and not ran
-    assert main([*command, "--trust-native"]) == OK
+    assert main([*command, "--trust-native"]) == NONE_RAN
     assert ran == ["engine.pt2"]
 
 
