@@ -254,7 +254,9 @@ def build_captured(
                 # pages in the states' place, and the states against themselves.
                 plain = _with_pages(program, module, classified, sites, memories)
                 report.self_check = self_check(plain, forward, takes_ids)
-                report.self_check["states_differ"] = check_splits(program)
+                report.self_check["states_differ"] = check_splits(
+                    program, replace(program, dense=step.dense, policy=step.policy)
+                )
     compiled = Compiled(captured, chosen, sites, memories, declined, report, program, step)
     debug(1, lambda: str(report))
     return compiled

@@ -14,6 +14,14 @@ from torch import Tensor
 
 from ...evaluation.records import write_whole
 from ...runtime.engine import Engine, Program
+from ..in_float32 import (
+    HALVES,
+    TYPICAL,
+    InFloat32,
+    farthest,
+    program_in_float32,
+    times_eagers,
+)
 from ..manifest import MANIFEST, artefacts, check_artefact, read_manifest
 from ..progress import doing
 from ..results import now
@@ -45,6 +53,8 @@ class Verdict:
         allowed: what rounding may make of it.
         changed: tokens that would be generated and are not eager's, although eager's choice stands
             out by more than `allowed`.
+        times_eagers: in 16 bit, how many times as far from float32 as eager's are the logits of a
+            typical token.
     """
 
     format: str
@@ -55,6 +65,7 @@ class Verdict:
     largest: float = 0.0
     allowed: float = 0.0
     changed: int = 0
+    times_eagers: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,12 +79,14 @@ class Trace:
         tokens, logits: of each call, [B, n] and [B, n, V].
         allowed: rounding of a logit, as eager itself shows it.
         densely: how many of the calls, from the first, read everything.
+        exact: in 16 bit, what eager makes of all the tokens in float32, [B, N, V].
     """
 
     tokens: list[Tensor]
     logits: list[Tensor]
     allowed: float
     densely: int = 0
+    exact: Tensor | None = None
 
 
 def verify(
@@ -168,7 +181,14 @@ def trace(
     # Other compilers sum in another order and have exponentials of their own, layer after layer.
     # What is lost or misplaced shows at the size of the logits, thousands of times as large.
     band = scale * rounding(made[0].dtype, len(program.layouts), length)
-    return Trace(fed, made, 4 * noise + band, pieces if densely else 0)
+    allowed, exact = 4 * noise + band, None
+    if made[0].dtype in HALVES:
+        with InFloat32():
+            wide = Engine(program_in_float32(program), always_select=True)
+            prompt_read = [read(wide, piece) for piece in fed[:pieces]]
+            exact = torch.cat([*prompt_read, *(wide(piece) for piece in fed[pieces:])], 1)
+        allowed = farthest(torch.cat(made, 1), exact)
+    return Trace(fed, made, allowed, pieces if densely else 0, exact)
 
 
 def enough(program: Program) -> int:
@@ -215,12 +235,19 @@ def compare(
 
 
 def _follow(verdict: Verdict, driver: Driver, made: Trace, prefill: Call) -> Verdict:
-    call = driver.call
+    call, answers = driver.call, []
     for number, (tokens, expected) in enumerate(zip(made.tokens, made.logits, strict=True)):
         driver.call = prefill if number < made.densely else call
         got = driver(tokens)
         verdict = _compared(verdict, number, got, expected, made.allowed)
-    return verdict
+        answers.append(got)
+    if made.exact is None:
+        return verdict
+    times = times_eagers(torch.cat(answers, 1), torch.cat(made.logits, 1), made.exact)
+    wrong = "" if times <= TYPICAL else f"{times:.2g} times as far from float32 as eager"
+    # A part that is not a number counts as infinitely far.
+    times = max(verdict.times_eagers, times if math.isfinite(times) else math.inf)
+    return replace(verdict, reason=verdict.reason or wrong, times_eagers=times)
 
 
 def _compared(
