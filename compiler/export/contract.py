@@ -63,8 +63,9 @@ class StateTensor:
         return dtype
 
     def filled(self, held: Tensor, position: Tensor) -> Tensor:
-        """`held` up to the tokens of each sequence, int [batch], and zeros behind: what a call leaves
-        there (padding, records of pages that are not full) nothing reads, and engines differ in."""
+        """`held` up to the tokens of each sequence, int [batch], and zeros behind them: what a call
+        leaves there (padding, records of pages that are not full) nothing reads, and engines differ
+        in it."""
         if self.grows is None:
             return held
         apart = held.movedim((self.batch_axis, self.grows.axis), (0, 1))

@@ -108,8 +108,8 @@ class Recorder:
             graphs[kind] = ir.Graph([], results, nodes=nodes, name=kind)
         made = ir.node("If", [condition], graphs, num_outputs=len(branches[0][1]))
         self.nodes.append(made)
-        results: Sequence[ir.Value] = made.outputs
-        return results
+        chosen: Sequence[ir.Value] = made.outputs
+        return chosen
 
     def sizes(self, value: ir.Value, shape: Sequence[int | str]) -> list[int | Size]:
         """Those of an input; those that only a running engine knows are expressions, `8*units`."""

@@ -20,7 +20,10 @@ from memcompile.passes.result import NotRewritten
 ROOT = Path(__file__).resolve().parents[2]
 BYTES_SMALL = ROOT / "models/networks/checkpoints/bytes-small"
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-DEPTHS = pytest.mark.parametrize("layers", [2, 8, 24])
+LONG = pytest.mark.long
+DEPTHS = pytest.mark.parametrize(
+    "layers", [2, pytest.param(8, marks=LONG), pytest.param(24, marks=LONG)]
+)
 
 
 @HALVES

@@ -223,13 +223,25 @@ def results(case: Case, tensors: dict[str, Tensor]) -> list[Tensor]:
     return [made] if isinstance(made, Tensor) else [*made]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@pytest.mark.parametrize("name", CASES)
-def test_bodies_say_what_the_texts_say(name: str, dtype: torch.dtype) -> None:
-    case = CASES[name]
+def body(case: Case, dtype: torch.dtype, **rest: Any) -> ir.Graph:
     example = tensors_of(case, 3, 4, dtype)
     given = {key: (x.dtype, case.tensors[key]) for key, x in example.items()}
-    graph, _ = write_body(case.name, given, case.static, OPSET)
+    graph, _ = write_body(case.name, given, case.static, OPSET, **rest)
+    return graph
+
+
+# A page may be filled or not: those bodies have a branch, or do without.
+BODIES = [(name, True) for name in CASES] + [("append", False), ("fold", False)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    ("name", "branches"), BODIES, ids=[n if b else f"{n}, no branch" for n, b in BODIES]
+)
+def test_bodies_say_what_the_texts_say(name: str, branches: bool, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    graph = body(case, dtype, branches=branches)
+    assert branches or all(node.op_type != "If" for node in graph)
     model = ir.serde.serialize_model(ir.Model(graph, ir_version=10))
     session = onnxruntime.InferenceSession(model.SerializeToString())
     for batch, n in ((3, 4), (1, 1), (2, 1), (1, 6), (2, 9)):
@@ -247,6 +259,24 @@ def test_bodies_say_what_the_texts_say(name: str, dtype: torch.dtype) -> None:
                 assert_close_to_float64(a, b, c.double(), reduction=WIDTH * 16, logarithm=True)
             else:
                 assert torch.equal(a, b)
+
+
+def test_records_are_computed_in_a_branch() -> None:
+    """A page is rarely full, and reading one takes longer than writing a token."""
+    graph = body(CASES["append"], torch.float32)
+    (branch,) = (node for node in graph if node.op_type == "If")
+    assert not [node for node in graph if node.op_type in ("GatherND", "ReduceMean")]
+    inside = [node.op_type for node in branch.attributes["then_branch"].as_graph()]
+    assert inside.count("GatherND") == 2
+    otherwise = {node.op_type for node in branch.attributes["else_branch"].as_graph()}
+    assert otherwise <= {"Constant", "Shape", "Concat", "Expand", "Identity", "Div", "Add"}
+
+
+def test_outputs_that_nothing_reads_are_not_computed() -> None:
+    kinds = [node.op_type for node in body(CASES["attend-listed"], torch.float32)]
+    fewer = body(CASES["attend-listed"], torch.float32, count=1)
+    assert len(fewer.outputs) == 1 and "Log" in kinds
+    assert len([*fewer]) < len(kinds) and all(node.op_type != "Log" for node in fewer)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -19,7 +19,10 @@ from memcompile.compiler.export.verify import Trace, Verdict, compare, trace
 from memcompile.passes.make_functional import make_functional
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-DEPTHS = pytest.mark.parametrize("layers", [2, 8, pytest.param(24, marks=pytest.mark.long)])
+LONG = pytest.mark.long
+DEPTHS = pytest.mark.parametrize(
+    "layers", [2, pytest.param(8, marks=LONG), pytest.param(24, marks=LONG)]
+)
 Outputs = Mapping[str, Tensor]
 
 
