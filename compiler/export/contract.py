@@ -69,7 +69,10 @@ class StateTensor:
         if self.grows is None:
             return held
         apart = held.movedim((self.batch_axis, self.grows.axis), (0, 1))
-        ends = position.cpu()[:, None] // self.grows.tokens
+        ends = position.cpu()[:, None]
+        if self.input.endswith("_account"):  # of every page that has begun; of others, once full
+            ends = ends + self.grows.tokens - 1
+        ends = ends // self.grows.tokens
         there = (torch.arange(apart.shape[1]) < ends).to(held.device)
         kept = torch.where(there.view(*there.shape, *[1] * (apart.dim() - 2)), apart, 0)
         return kept.movedim((0, 1), (self.batch_axis, self.grows.axis))

@@ -101,7 +101,7 @@ class Driver:
 
     def _call(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         contract = self.contract
-        # Some engines want room for the padding, too.
+        # Room for the padding, too: most engines write it.
         self.grow(max(self.position) + tokens.shape[1])
         given = {
             contract.tokens: tokens.contiguous(),

@@ -91,7 +91,9 @@ def _function(node: ir.Node, opset: int, branches: bool) -> ir.Function:
         assert value is not None and value.shape is not None and value.dtype is not None
         sizes = [size if isinstance(size, int) else str(size.value) for size in value.shape]
         given[name] = (_torch_dtype(value.dtype), sizes)
-    graph, results = write_body(_OPERATORS[node.op_type], given, static, opset, len(node.outputs))
+    graph, results = write_body(
+        *(_OPERATORS[node.op_type], given, static, opset, len(node.outputs), branches)
+    )
     _check_results(node, results)
     attributes = [ir.Attr(name, value.type, None) for name, value in node.attributes.items()]
     return ir.Function(DOMAIN, node.op_type, "", graph=graph, attributes=attributes)

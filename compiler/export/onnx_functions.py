@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .onnx_recorder import Size, broadcast
-from .onnx_symbols import Symbol, operand, pair, where, written
+from .onnx_symbols import Symbol, operand, pair, where
 
 
 def _div(value: Symbol, by: Any, rounding_mode: str) -> Symbol:
@@ -100,11 +100,14 @@ def _if_any(counts: Symbol, compute: Callable[[], list[Symbol]]) -> list[Symbol]
         return [where(some, made, 0) for made in compute()]
     with recorder.branch() as then:
         made = compute()
-        results = written(made)
     with recorder.branch() as otherwise:
-        zeros = written([some.new_zeros(symbol.shape, symbol.dtype) for symbol in made])
-    dtypes = [symbol.dtype for symbol in made]
-    values = recorder.choice(some.value, dtypes, (then, results), (otherwise, zeros))
+        zeros = [some.new_zeros(symbol.shape, symbol.dtype) for symbol in made]
+    values = recorder.choice(
+        some.value,
+        [symbol.dtype for symbol in made],
+        (then, [symbol.value for symbol in made]),
+        (otherwise, [symbol.value for symbol in zeros]),
+    )
     return [symbol._new(value) for symbol, value in zip(made, values, strict=True)]
 
 
@@ -124,8 +127,8 @@ def _put_rows(cache: Symbol, at: Symbol, new: Symbol) -> Symbol:
     sequence = _iota(batch, at)[:, None, None, None] * _own(at, [[1, 0, 0]])
     head = _own(at, [[[[0, h, 0]] for h in range(heads)]])  # [1, Hkv, 1, 3]
     row = at.unsqueeze(1, 3) * _own(at, [[0, 0, 1]])  # [B, 1, n, 3]
-    where = (sequence + head) + row
-    return cache._new(cache._op("ScatterND", where.value, new.to(cache.dtype).value))
+    slots = (sequence + head) + row
+    return cache._new(cache._op("ScatterND", slots.value, new.to(cache.dtype).value))
 
 
 def _own(like: Symbol, numbers: Any) -> Symbol:

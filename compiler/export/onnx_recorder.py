@@ -43,6 +43,7 @@ class Recorder:
     def __init__(self, opset: int, branches: bool = True) -> None:
         self.opset, self.branches = opset, branches
         self.nodes: list[ir.Node] = []
+        self.choices = 0
         self.made: dict[Any, Sequence[ir.Value]] = {}
         self.sources: dict[Any, tuple[ir.Value, int, int]] = {}  # symbol: tensor, axis, factor
 
@@ -98,14 +99,22 @@ class Recorder:
         """
         import onnx_ir as ir
 
+        self.choices += 1
         graphs = {}
-        for kind, (nodes, results) in zip(("then_branch", "else_branch"), branches, strict=True):
-            # Names of their own: a graph within another may not use its names again.
-            for number, value in enumerate(output for node in nodes for output in node.outputs):
-                value.name = f"{kind}_{len(self.nodes)}_{number}"
-            for value, dtype in zip(results, dtypes, strict=True):
+        for kind, (nodes, values) in zip(("then_branch", "else_branch"), branches, strict=True):
+            # Results are made inside, each once; what is only handed on is copied.
+            results: list[ir.Value] = []
+            inside = [*nodes]
+            for value, dtype in zip(values, dtypes, strict=True):
+                if value.producer() not in nodes or value in results:
+                    inside.append(ir.node("Identity", [value]))
+                    value = inside[-1].outputs[0]
                 value.type = ir.TensorType(ir.DataType.from_numpy(numpy_of(dtype)))
-            graphs[kind] = ir.Graph([], results, nodes=nodes, name=kind)
+                results.append(value)
+            # Names of their own: a graph within another may not use its names again.
+            for number, value in enumerate(output for node in inside for output in node.outputs):
+                value.name = f"{kind}_{self.choices}_{number}"
+            graphs[kind] = ir.Graph([], results, nodes=inside, name=kind)
         made = ir.node("If", [condition], graphs, num_outputs=len(branches[0][1]))
         self.nodes.append(made)
         chosen: Sequence[ir.Value] = made.outputs

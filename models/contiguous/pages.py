@@ -30,8 +30,8 @@ def iota(count: int, like: Tensor) -> Tensor:
 def if_any(counts: Tensor, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
     """What `compute` gives where any of the counts, int64 [B], is not 0; zeros otherwise.
 
-    As `iota`, asks stand-ins: they may not compute at all. Whatever else computes it always, as
-    nothing here may hang on the values of tensors.
+    As `iota`, asks stand-ins: they may not compute at all. Nothing else here may hang on the values
+    of tensors: it is computed always, and zeros then keep what is written the same everywhere.
     """
     if has_torch_function_unary(counts):
         given: list[Tensor] = handle_torch_function(if_any, (counts,), counts, compute)
@@ -99,7 +99,11 @@ def query_rows(query: Tensor, heads: int) -> Tensor:
     return rows
 
 
+def tokens_of(position: Tensor, n: int) -> Tensor:
+    """The token [B, n] of each row, int64, were all of them valid."""
+    return position.long()[:, None] + iota(n, position)
+
+
 def standing(position: Tensor, lengths: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The token [B, n] of each row, int64, and which rows are valid, bool [B, n]."""
-    row = iota(n, position)
-    return position.long()[:, None] + row, row < lengths.long()[:, None]
+    return tokens_of(position, n), iota(n, position) < lengths.long()[:, None]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..memory.paged import NEGATIVE_INFINITY
-from .pages import FAR, LOWEST, columns_of, iota, pages_in, query_rows, rows_of, standing
+from .pages import FAR, LOWEST, columns_of, iota, pages_in, query_rows, rows_of, standing, tokens_of
 
 
 def attend(
@@ -28,19 +28,17 @@ def attend(
     pinned: int,
 ) -> tuple[Tensor, Tensor]:
     """`attend` of `ops.py`, but for rows that see nothing: their out is some mean of the values, of
-    no weight beside others (lse -inf).
+    no weight beside others (lse -inf). Rows of padding may see whatever is listed for them.
 
     Args:
         keys, values: [B, Hkv, columns * slots, D].
         bias: [B, Hkv, columns * slots], added to the logits.
-        pages: int64 [B, Hkv, n, S] of distinct pages, -1 = none, as all of a row of padding are;
-            or None.
+        pages: int64 [B, Hkv, n, S] of distinct pages, -1 = none, or None.
         size: tokens a page; each of its slots stands for size // slots of them.
     """
     if pages is not None and not exclude:
         return _attend_listed(
-            query, keys, values, bias, pages, position, lengths, scale, softcap, window,
-            size, slots, pinned,
+            query, keys, values, bias, pages, position, scale, softcap, window, size, slots, pinned,
         )  # fmt: skip
     logits = _logits(query, keys, bias, scale, softcap)
     visible = _visible(keys, pages, position, lengths, query.shape[2], window, size, slots, pinned)
@@ -62,7 +60,8 @@ def attend_page_lse(
     window: int,
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend.page_lse` of `ops.py` over the pages whose account [B, Hkv, columns] is not -1."""
+    """`attend.page_lse` of `ops.py` over the pages whose account [B, Hkv, columns] is not -1; rows
+    that see nothing as in `attend`."""
     logits = _logits(query, keys, None, scale, softcap)
     visible = _visible(keys, None, position, lengths, query.shape[2], window, size, size, -1)
     visible = visible & (account >= 0).repeat_interleave(size, 2)[:, :, None]
@@ -89,16 +88,18 @@ def summaries(
     softcap: float,
     size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`attend.summaries` of `ops.py`: the listed pages, every other full one as one key.
+    """`attend.summaries` of `ops.py`: the listed pages, every other full one as one key; rows that
+    see nothing as in `attend`.
 
     Args:
         pages: ascending, -1 behind them.
-        page_logits: [B, H, n, columns], -inf where there is no summary to be read.
+        page_logits: as `page_logits` gives them, [B, H, n, columns]: -inf of every page that has no
+            summary to be read.
         value_mean: [B, Hkv, columns, Dv]; log_count: [B, Hkv, columns, 1].
     """
     heads, n = keys.shape[1], query.shape[2]
     exact, value = _listed(
-        query, keys, values, None, pages, position, lengths, scale, softcap, 0, size, size, -1
+        query, keys, values, None, pages, position, scale, softcap, 0, size, size, -1
     )
     # What is read token by token has no summary: pages ascend, so that the first stands for none.
     at = torch.maximum(pages, pages[..., :1]).clamp_min(0)
@@ -106,10 +107,9 @@ def summaries(
     weight = weight.scatter(3, at, torch.full_like(at, LOWEST, dtype=exact.dtype))
     given = page_logits.unflatten(1, (heads, -1))  # [B, Hkv, G, n, columns]
     rest = _capped(given * scale, softcap) + weight[:, :, None]
-    if softcap:
-        rest = torch.where(given > NEGATIVE_INFINITY, rest, LOWEST)
+    rest = torch.where(given > NEGATIVE_INFINITY, rest, LOWEST)
     # One softmax over both: [B, Hkv, n, G, S*size + columns].
-    weights, lse = _weights(torch.cat([exact, rest.clamp_min(LOWEST).transpose(2, 3)], -1))
+    weights, lse = _weights(torch.cat([exact, rest.transpose(2, 3)], -1))
     listed = exact.shape[-1]
     by_page = weights[..., listed:].transpose(2, 3)  # [B, Hkv, G, n, columns]
     out = weights[..., :listed] @ value
@@ -135,7 +135,6 @@ def _listed(
     bias: Tensor | None,
     pages: Tensor,
     position: Tensor,
-    lengths: Tensor,
     scale: float,
     softcap: float,
     window: int,
@@ -159,7 +158,7 @@ def _listed(
     if bias is not None:
         added = rows_of(bias.unflatten(2, (-1, slots)), column).flatten(3)
         logits = logits + added[:, :, :, None].to(logits.dtype)
-    token, _ = standing(position, lengths, query.shape[2])
+    token = tokens_of(position, query.shape[2])
     # Tokens of each page before the query's own; a slot is seen once its last token is.
     before = torch.where(there, token[:, None, :, None] - pages * size, -1)[..., None]
     last = (iota(slots, query) + 1) * (size // slots) - 1

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..memory.paged import NEGATIVE_INFINITY
 from ..memory.parts import SCORE_FIELDS
-from .pages import FAR, LOWEST, columns_of, iota, query_rows, rows_of, standing
+from .pages import FAR, LOWEST, columns_of, iota, query_rows, rows_of, standing, tokens_of
 
 
 def score_select(
@@ -24,15 +24,16 @@ def score_select(
     budget_pages: int,
     dense_below: int,
 ) -> Tensor:
-    """`score_select` of `ops.py`: int64 [B, Hkv, n, capacity]; every page has its own column. Rows
-    of padding choose, too: any pages of the context.
+    """`score_select` of `ops.py`: int64 [B, Hkv, n, capacity]; every page has its own column.
+
+    Rows of padding choose, too, some pages of the cache: `lengths` is not read.
     """
     record = dict(zip(fields, index, strict=True))
     heads, columns = index[0].shape[1:3]
     rows = query_rows(query, heads)
     best = _scores(rows, {f: record[f].to(rows.dtype) for f in SCORE_FIELDS[score]}, score)
     always, own, everything = _always(
-        *(position, lengths, query.shape[2], columns, size, sink_pages, window_pages),
+        *(position, query.shape[2], columns, size, sink_pages, window_pages),
         max(budget_pages * size, dense_below),
     )
     page = iota(columns, position)
@@ -63,7 +64,7 @@ def page_logits(
     the row does not choose by score."""
     rows = query_rows(query, mean.shape[1])
     always, _, _ = _always(
-        *(position, lengths, query.shape[2], mean.shape[2], size, sink_pages, window_pages),
+        *(position, query.shape[2], mean.shape[2], size, sink_pages, window_pages),
         max(budget_pages * size, dense_below),
     )
     product = (rows.flatten(2, 3) @ mean.to(rows.dtype).transpose(-1, -2)).unflatten(
@@ -74,7 +75,6 @@ def page_logits(
 
 def _always(
     position: Tensor,
-    lengths: Tensor,
     n: int,
     columns: int,
     size: int,
@@ -88,8 +88,7 @@ def _always(
     Returns:
         also the page of each row, int64, and whether it reads everything, both [B, 1, n, 1].
     """
-    token, _ = standing(position, lengths, n)
-    token = token[:, None, :, None]
+    token = tokens_of(position, n)[:, None, :, None]
     own = torch.div(token, size, rounding_mode="trunc")
     everything = token < dense_below
     page = iota(columns, position)

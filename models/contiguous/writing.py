@@ -8,7 +8,7 @@ from torch import Tensor
 from ..memory.levels import folded
 from ..memory.paged import wide
 from ..memory.records import page_records
-from .pages import columns_of, if_any, iota, rows_of
+from .pages import columns_of, if_any, iota, rows_of, tokens_of
 
 
 def append(
@@ -31,7 +31,7 @@ def append(
     """
     n = new.shape[2]
     if pinned < 0:
-        slot = position.long()[:, None] + iota(n, new)
+        slot = tokens_of(position, n)
         put: Tensor = torch.ops.memcompile_portable.put_rows(cache, slot, new.to(cache.dtype))
         return put
     capacity = cache.shape[2]
@@ -72,7 +72,7 @@ def records(
         index: one [B, Hkv, columns, width] a field.
         pinned, record_pinned: of the pages, and of their records.
     """
-    page, filled = _filled(position, lengths, new.shape[2], size, index[0].shape[2], record_pinned)
+    page, filled = _filled(position, lengths, new.shape[2], size, record_pinned)
     heads = new.shape[1]
     pages = [x.unflatten(2, (-1, size)) for x in (keys, values)]
 
@@ -99,7 +99,7 @@ def fold(
 ) -> list[Tensor]:
     """The index with the records of groups whose last child the new tokens filled."""
     size = child_size * ratio
-    group, filled = _filled(position, lengths, new.shape[2], size, index[0].shape[2], pinned)
+    group, filled = _filled(position, lengths, new.shape[2], size, pinned)
 
     def compute() -> list[Tensor]:
         child = group[..., None] * ratio + iota(ratio, group)  # [B, t, ratio]
@@ -116,7 +116,7 @@ def fold(
 
 
 def _filled(
-    position: Tensor, lengths: Tensor, n: int, size: int, columns: int, pinned: int
+    position: Tensor, lengths: Tensor, n: int, size: int, pinned: int
 ) -> tuple[Tensor, Tensor]:
     """Pages [B, t] that n new tokens can fill, and how many they did of each sequence, int64 [B].
 
@@ -126,11 +126,13 @@ def _filled(
     """
     first = torch.div(position.long(), size, rounding_mode="trunc")
     stop = torch.div(position.long() + lengths, size, rounding_mode="trunc")
-    page = first[:, None] + iota(n // size + 1, position)
+    count = iota(n // size + 1, position)
     if pinned < 0:
-        page = page.clamp_max(columns - 1)
+        # Of every size-th new token and the last: none lies beyond the tokens there is room for.
+        token = position.long()[:, None] + (count * size).clamp_max(n - 1)
+        page = torch.div(token, size, rounding_mode="trunc")
     else:
-        page = torch.minimum(page, stop[:, None] - 1).clamp_min(0)
+        page = torch.minimum(first[:, None] + count, stop[:, None] - 1).clamp_min(0)
     return page, stop - first
 
 

@@ -161,6 +161,62 @@ def test_no_operation_is_left_that_targets_do_not_know(case: str) -> None:
         assert kinds == {"aten", "memcompile_portable"}
 
 
+@pytest.mark.parametrize("case", GATE)
+def test_what_lies_behind_the_tokens_is_not_read(case: str) -> None:
+    made = compiled("llama", case)
+    clean, dirty = (driver(made, "functional", capacity=128) for _ in range(2))
+    generator = torch.Generator().manual_seed(3)
+    for n in (21, 1, 46, 1, 7):
+        held = torch.tensor(dirty.position)
+        for tensor in dirty.contract.state:
+            there = tensor.filled(torch.ones_like(dirty.state[tensor.input]), held)
+            noise = 50 * torch.randn(there.shape, generator=generator)
+            if not tensor.input.endswith("_account"):  # of which -1 means something
+                dirty.state[tensor.input] = torch.where(there > 0, dirty.state[tensor.input], noise)
+        tokens = torch.randint(VOCABULARY, (3, n), generator=generator)
+        lengths = [n, max(1, n - 3), 0]
+        have, want = dirty(tokens, lengths), clean(tokens, lengths)
+        for row, count in enumerate(lengths):
+            torch.testing.assert_close(have[row, :count], want[row, :count])
+
+
+@pytest.mark.parametrize("case", ["dense", "scout"])
+def test_a_smaller_position_takes_tokens_back(case: str) -> None:
+    made = compiled("llama", case)
+    straight, back = (driver(made, "functional", capacity=192) for _ in range(2))
+    tokens = torch.randint(VOCABULARY, (3, 120), generator=torch.Generator().manual_seed(4))
+    back(tokens[:, :61])
+    back((tokens[:, :61] + 1) % VOCABULARY)
+    back.position = [61] * 3
+    straight(tokens[:, :61])
+    for piece in tokens[:, 61:].split(13, 1):
+        torch.testing.assert_close(back(piece), straight(piece))
+
+
+def test_state_is_told_up_to_its_tokens() -> None:
+    made = compiled("llama", "heavy-hitter")
+    assert made.program is not None
+    contract = contract_of(made.program, places_of(made.program))
+    by_name = {tensor.input.partition("_")[2]: tensor for tensor in contract.state}
+    for name, kept in {"keys": [13, 0], "account": [2, 0]}.items():
+        tensor = by_name[name]
+        shape = [*tensor.shape]
+        shape[tensor.batch_axis] = 2
+        told = tensor.filled(torch.ones(shape), torch.tensor([13, 0]))
+        assert told.shape == torch.Size(shape)
+        first = [row.reshape(*row.shape[:2], -1)[0, :, 0] for row in told]
+        assert [int(row.sum()) for row in first] == kept
+    scout = compiled("llama", "scout")
+    assert scout.program is not None
+    records = next(
+        tensor
+        for tensor in contract_of(scout.program, places_of(scout.program)).state
+        if tensor.input.endswith("index_mean")
+    )
+    told = records.filled(torch.ones(records.shape), torch.tensor([31]))
+    assert int(told[0, 0, :, 0].sum()) == 3  # of pages of 8 the full ones
+
+
 def test_states_of_fixed_size_do_not_grow() -> None:
     made = compiled("llama", "window")
     assert made.program is not None

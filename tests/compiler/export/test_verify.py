@@ -15,22 +15,40 @@ from torch import Tensor
 from memcompile.compiler.cli import main
 from memcompile.compiler.exit_codes import BAD_INPUT, DIFFERS, NONE_RAN, OK
 from memcompile.compiler.export import formats, runners
+from memcompile.compiler.export import verify as verify_module
 from memcompile.compiler.export.contract import Contract, contract_of, places_of, read_contract
 from memcompile.compiler.export.formats import Artefact, known_formats
 from memcompile.compiler.export.runners import CannotRun
+from memcompile.compiler.export.verify import Trace
+from memcompile.compiler.export.verify import trace as trace_of
 from memcompile.compiler.package import write
 from memcompile.compiler.pipeline import Compiled, build
 from memcompile.passes.make_functional import make_functional
+from memcompile.runtime.engine import Program
 
 ROOT = Path(__file__).resolve().parents[3]
 BYTES_SMALL = ROOT / "models/networks/checkpoints/bytes-small"
 Outputs = Mapping[str, Tensor]
+TRACES: dict[Any, Trace] = {}
 
 
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
     options = {"budget": 88, "page_size": 8, "sinks": 8, "window": 16, "dense_layers": 0}
     return build(BYTES_SMALL, "scout", kernels="off", check=False, dtype="float32", **options)
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What eager says is the same in every test here, and is asked once."""
+
+    def trace(opened: Program, *what: Any, **how: Any) -> Trace:
+        key = (*what, *how.items())
+        if key not in TRACES:
+            TRACES[key] = trace_of(opened, *what, **how)
+        return TRACES[key]
+
+    monkeypatch.setattr(verify_module, "trace", trace)
 
 
 def run_eagerly(compiled: Compiled) -> Callable[[Path, Contract], Any]:
