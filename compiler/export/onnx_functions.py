@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...models import contiguous
 from .onnx_recorder import Size, broadcast
 from .onnx_symbols import Symbol, operand, pair, where
 
@@ -93,24 +94,6 @@ def _sort(of: Symbol, dim: int) -> tuple[Symbol, Symbol]:
     return of._new(values), of._new(order, torch.int64)
 
 
-def _if_any(counts: Symbol, compute: Callable[[], list[Symbol]]) -> list[Symbol]:
-    recorder = counts.recorder
-    some = counts.amax(0).to(torch.bool)
-    if not recorder.branches:
-        return [where(some, made, 0) for made in compute()]
-    with recorder.branch() as then:
-        made = compute()
-    with recorder.branch() as otherwise:
-        zeros = [some.new_zeros(symbol.shape, symbol.dtype) for symbol in made]
-    values = recorder.choice(
-        some.value,
-        [symbol.dtype for symbol in made],
-        (then, [symbol.value for symbol in made]),
-        (otherwise, [symbol.value for symbol in zeros]),
-    )
-    return [symbol._new(value) for symbol, value in zip(made, values, strict=True)]
-
-
 def _rows_of(of: Symbol, at: Symbol) -> Symbol:
     """GatherND: batch and heads are the operator's own axes, there is nothing to be numbered."""
     made = of._op("GatherND", at.unsqueeze(at.dim()).value, batch_dims=2)
@@ -120,15 +103,53 @@ def _rows_of(of: Symbol, at: Symbol) -> Symbol:
 def _put_rows(cache: Symbol, at: Symbol, new: Symbol) -> Symbol:
     """ScatterND straight on the cache: where its output is bound to its input, it is updated in
     place."""
+    return _scattered(cache, _slots(cache, at), new.to(cache.dtype))
+
+
+def _scattered(cache: Symbol, slots: Symbol, new: Symbol) -> Symbol:
+    return cache._new(cache._op("ScatterND", slots.value, new.value))
+
+
+def _slots(cache: Symbol, at: Symbol) -> Symbol:
+    """(b, h, row) [B, Hkv, n, 3] of rows [B, n]: a sum of three, each in its own place."""
     batch, heads = cache.shape[:2]
     if isinstance(heads, Size):
         raise TypeError(f"rows put at {heads!r} heads")
-    # (b, h, row) as a sum of three, each in its own place.
     sequence = _iota(batch, at)[:, None, None, None] * _own(at, [[1, 0, 0]])
     head = _own(at, [[[[0, h, 0]] for h in range(heads)]])  # [1, Hkv, 1, 3]
-    row = at.unsqueeze(1, 3) * _own(at, [[0, 0, 1]])  # [B, 1, n, 3]
-    slots = (sequence + head) + row
-    return cache._new(cache._op("ScatterND", slots.value, new.to(cache.dtype).value))
+    return (sequence + head) + at.unsqueeze(1, 3) * _own(at, [[0, 0, 1]])
+
+
+def _put_if_any(
+    counts: Symbol, pools: list[Symbol], compute: Callable[[], tuple[Symbol, list[Symbol]]]
+) -> list[Symbol]:
+    """ScatterND of rows that are computed in a branch; of none where there is nothing to be put."""
+    recorder = counts.recorder
+    some = counts.amax(0).to(torch.bool)
+    if not recorder.branches:
+        text: Any = contiguous.put_where
+        made: list[Symbol] = text(some, pools, *compute())
+        return made
+    with recorder.branch() as then:
+        column, rows = compute()
+        made = [_slots(pools[0], column).view(-1, 3)]
+        made += [row.view(-1, row.shape[-1]) for row in rows]
+    with recorder.branch() as otherwise:
+        none = [recorder.constant(np.zeros((0, x.shape[1])), x.dtype) for x in made]
+    slots, *rest = (
+        symbol._new(value)
+        for symbol, value in zip(
+            made,
+            recorder.choice(
+                some.value,
+                [symbol.dtype for symbol in made],
+                (then, [symbol.value for symbol in made]),
+                (otherwise, none),
+            ),
+            strict=True,
+        )
+    )
+    return [_scattered(pool, slots, row) for pool, row in zip(pools, rest, strict=True)]
 
 
 def _own(like: Symbol, numbers: Any) -> Symbol:
@@ -154,6 +175,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "largest": _largest,
     "sort": _sort,
     "rows_of": _rows_of,
-    "if_any": _if_any,
+    "put_if_any": _put_if_any,
     "put_rows": _put_rows,
 }

@@ -27,19 +27,6 @@ def iota(count: int, like: Tensor) -> Tensor:
     return torch.arange(count, device=like.device)
 
 
-def if_any(counts: Tensor, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """What `compute` gives where any of the counts, int64 [B], is not 0; zeros otherwise.
-
-    As `iota`, asks stand-ins: they may not compute at all. Nothing else here may hang on the values
-    of tensors: it is computed always, and zeros then keep what is written the same everywhere.
-    """
-    if has_torch_function_unary(counts):
-        given: list[Tensor] = handle_torch_function(if_any, (counts,), counts, compute)
-        return given
-    some = (counts > 0).any()
-    return [torch.where(some, made, 0) for made in compute()]
-
-
 def columns_of(page: Tensor, columns: int, pinned: int) -> Tensor:
     """The columns that pages, int64 of any shape, lie in."""
     if pinned < 0:
@@ -84,6 +71,33 @@ def put_rows(tensor: Tensor, at: Tensor, new: Tensor) -> Tensor:
     first = iota(batch, at)[:, None, None]
     second = iota(heads, at)[None, :, None]
     return torch.index_put(tensor, (first, second, at[:, None]), new.to(tensor.dtype))
+
+
+def put_if_any(
+    counts: Tensor, pools: list[Tensor], compute: Callable[[], tuple[Tensor, list[Tensor]]]
+) -> list[Tensor]:
+    """`put_rows` of what `compute` gives, columns [B, t] and the rows [B, Hkv, t, D] of each pool,
+    where any of the counts, int64 [B], is not 0; the pools as they are otherwise.
+
+    As `iota`, asks stand-ins: they may not compute at all. Nothing else here may hang on the values
+    of tensors: it is computed always, and otherwise what is there is written again.
+    """
+    if has_torch_function_unary(counts):
+        given: list[Tensor] = handle_torch_function(put_if_any, (counts,), counts, pools, compute)
+        return given
+    return put_where(counts.amax(0) > 0, pools, *compute())
+
+
+def put_where(
+    some: Tensor, pools: list[Tensor], column: Tensor, rows: list[Tensor]
+) -> list[Tensor]:
+    """`put_if_any` of what was computed, where `some`, a bool, holds."""
+    whole = column[:, None].expand(-1, pools[0].shape[1], -1)
+    put = torch.ops.memcompile_portable.put_rows
+    return [
+        put(pool, column, torch.where(some, row, rows_of(pool, whole)))
+        for pool, row in zip(pools, rows, strict=True)
+    ]
 
 
 def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

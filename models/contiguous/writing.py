@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..memory.levels import folded
 from ..memory.paged import wide
 from ..memory.records import page_records
-from .pages import columns_of, if_any, iota, rows_of, tokens_of
+from .pages import columns_of, iota, put_if_any, rows_of, tokens_of
 
 
 def append(
@@ -72,17 +74,15 @@ def records(
         index: one [B, Hkv, columns, width] a field.
         pinned, record_pinned: of the pages, and of their records.
     """
-    page, filled = _filled(position, lengths, new.shape[2], size, record_pinned)
-    heads = new.shape[1]
     pages = [x.unflatten(2, (-1, size)) for x in (keys, values)]
+    heads = new.shape[1]
 
-    def compute() -> list[Tensor]:
+    def compute(page: Tensor) -> list[Tensor]:
         column = columns_of(page, pages[0].shape[2], pinned)[:, None].expand(-1, heads, -1)
         read = [rows_of(x, column) for x in pages]  # [B, Hkv, t, size, D]
-        made = page_records(read[0], read[1], fields)
-        return [record.to(pool.dtype) for record, pool in zip(made, index, strict=True)]
+        return page_records(read[0], read[1], fields)
 
-    return _written(index, if_any(filled, compute), page, filled, record_pinned)
+    return _written(index, compute, position, lengths, new.shape[2], size, record_pinned)
 
 
 def fold(
@@ -99,9 +99,8 @@ def fold(
 ) -> list[Tensor]:
     """The index with the records of groups whose last child the new tokens filled."""
     size = child_size * ratio
-    group, filled = _filled(position, lengths, new.shape[2], size, pinned)
 
-    def compute() -> list[Tensor]:
+    def compute(group: Tensor) -> list[Tensor]:
         child = group[..., None] * ratio + iota(ratio, group)  # [B, t, ratio]
         column = columns_of(child, children[0].shape[2], child_pinned)[:, None]
         column = column.expand(-1, new.shape[1], -1, -1)
@@ -109,43 +108,50 @@ def fold(
             field: rows_of(pool, column).to(wide(pool.dtype))
             for field, pool in zip(fields, children, strict=True)
         }
-        made = [folded(field, read, size) for field in fields]
-        return [record.to(pool.dtype) for record, pool in zip(made, index, strict=True)]
+        return [folded(field, read, size) for field in fields]
 
-    return _written(index, if_any(filled, compute), group, filled, pinned)
+    return _written(index, compute, position, lengths, new.shape[2], size, pinned)
 
 
-def _filled(
-    position: Tensor, lengths: Tensor, n: int, size: int, pinned: int
-) -> tuple[Tensor, Tensor]:
-    """Pages [B, t] that n new tokens can fill, and how many they did of each sequence, int64 [B].
+def _written(
+    index: list[Tensor],
+    compute: Callable[[Tensor], list[Tensor]],
+    position: Tensor,
+    lengths: Tensor,
+    n: int,
+    size: int,
+    pinned: int,
+) -> list[Tensor]:
+    """The index with the records of pages that n new tokens filled.
 
     Where records take turns, pages that were not filled stand for the last one that is full. Where
     each has a column of its own they are themselves: nothing reads a record before its page is
     full, when it is written again.
+
+    Args:
+        compute: records [B, Hkv, t, width], one a field, of pages [B, t].
     """
     first = torch.div(position.long(), size, rounding_mode="trunc")
     stop = torch.div(position.long() + lengths, size, rounding_mode="trunc")
-    count = iota(n // size + 1, position)
-    if pinned < 0:
-        # Of every size-th new token and the last: none lies beyond the tokens there is room for.
-        token = position.long()[:, None] + (count * size).clamp_max(n - 1)
-        page = torch.div(token, size, rounding_mode="trunc")
-    else:
-        page = torch.minimum(first[:, None] + count, stop[:, None] - 1).clamp_min(0)
-    return page, stop - first
 
-
-def _written(
-    index: list[Tensor], made: list[Tensor], page: Tensor, filled: Tensor, pinned: int
-) -> list[Tensor]:
-    """The index with `made` [B, Hkv, t, width] a field at pages [B, t]."""
-    column = columns_of(page, index[0].shape[2], pinned)
-    whole = column[:, None].expand(-1, index[0].shape[1], -1)
-    written = []
-    for pool, record in zip(index, made, strict=True):
+    def made() -> tuple[Tensor, list[Tensor]]:
+        count = iota(n // size + 1, position)
+        if pinned < 0:
+            # Of every size-th new token and the last: none beyond the tokens there is room for.
+            token = position.long()[:, None] + (count * size).clamp_max(n - 1)
+            page = torch.div(token, size, rounding_mode="trunc")
+        else:
+            page = torch.minimum(first[:, None] + count, stop[:, None] - 1).clamp_min(0)
+        column = columns_of(page, index[0].shape[2], pinned)
+        records = [r.to(pool.dtype) for r, pool in zip(compute(page), index, strict=True)]
         if pinned >= 0:
-            # Nothing filled: what is there is written again, whatever was computed.
-            record = torch.where((filled > 0)[:, None, None, None], record, rows_of(pool, whole))
-        written.append(torch.ops.memcompile_portable.put_rows(pool, column, record))
-    return written
+            # Nothing filled: what is there is written again.
+            whole = column[:, None].expand(-1, index[0].shape[1], -1)
+            filled = (stop > first)[:, None, None, None]
+            records = [
+                torch.where(filled, record, rows_of(pool, whole))
+                for record, pool in zip(records, index, strict=True)
+            ]
+        return column, records
+
+    return put_if_any(stop - first, index, made)
