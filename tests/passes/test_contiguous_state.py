@@ -135,10 +135,10 @@ def assert_follows(made: Compiled) -> None:
     assert all(run.position == engine.position for run in runs)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [case if case in GATE else pytest.param(case, marks=pytest.mark.long) for case in CASES],
-)
+EVERY = [case if case in GATE else pytest.param(case, marks=pytest.mark.long) for case in CASES]
+
+
+@pytest.mark.parametrize("case", EVERY)
 def test_every_memory_equals_the_engine(case: str) -> None:
     assert_follows(compiled("llama", case))
 
@@ -150,7 +150,7 @@ def test_other_networks(name: str, case: str) -> None:
     assert_follows(compiled(name, case))
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", EVERY)
 def test_no_operation_is_left_that_targets_do_not_know(case: str) -> None:
     made = compiled("llama", case)
     assert made.program is not None and made.step is not None

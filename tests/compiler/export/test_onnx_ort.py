@@ -94,6 +94,7 @@ def follow(folder: Path, compiled: Compiled) -> None:
     assert session.position == engine.position
 
 
+@pytest.mark.long
 def test_a_delta_rule_and_a_dense_layer(tmp_path: Path) -> None:
     options = {**STATE, "write": "delta", "decay": "gate"}
     compiled, artefact = emitted(tmp_path / "onnx-ort", llama(), "hybrid", **options)
