@@ -104,11 +104,13 @@ def fold(
         child = group[..., None] * ratio + iota(ratio, group)  # [B, t, ratio]
         column = columns_of(child, children[0].shape[2], child_pinned)[:, None]
         column = column.expand(-1, new.shape[1], -1, -1)
+        # Of one axis of groups: Inductor would take several for some sizes alone.
         read = {
-            field: rows_of(pool, column).to(wide(pool.dtype))
+            field: rows_of(pool, column).to(wide(pool.dtype)).flatten(0, 2)
             for field, pool in zip(fields, children, strict=True)
         }
-        return [folded(field, read, size) for field in fields]
+        made = [folded(field, read, size) for field in fields]
+        return [record.view(*column.shape[:3], -1) for record in made]
 
     return _written(index, compute, position, lengths, new.shape[2], size, pinned)
 
