@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from ..runtime.engine import Program
 
 HALVES = (torch.float16, torch.bfloat16)
-# What may be put down to rounding, in `times_eagers`.
+# What may be put down to rounding, in `error_over_eager`.
 TYPICAL = 2.0
 
 
@@ -60,7 +60,7 @@ def farthest(eager: Tensor, exact: Tensor) -> float:
     return 8 * float((eager.double() - exact).abs().max()) + unit
 
 
-def times_eagers(logits: Tensor, eager: Tensor, exact: Tensor) -> float:
+def error_over_eager(logits: Tensor, eager: Tensor, exact: Tensor) -> float:
     """How many times as far from float32 as eager's are the logits [..., V] of a typical token.
 
     A geometric mean over tokens: what rounding makes of one token differs widely from network to

@@ -15,9 +15,9 @@ from .in_float32 import (
     HALVES,
     TYPICAL,
     InFloat32,
+    error_over_eager,
     farthest,
     program_in_float32,
-    times_eagers,
 )
 
 # Batch, tokens and the calls they are split into: odd, with single tokens and a single row.
@@ -99,14 +99,14 @@ def self_check(
         if not error <= tolerance:
             raise _not_reproduced(calls, f"differ by {error:.3g}, allowed {tolerance:.3g}")
         if exact is not None:
-            times = times_eagers(stepped, full, exact)
+            times = error_over_eager(stepped, full, exact)
             if not times <= TYPICAL:
                 raise _not_reproduced(
                     calls,
                     f"are {times:.3g} times as far from float32 as the forward's, allowed "
                     f"{TYPICAL:g}",
                 )
-            in_float32["times_eagers"] = max(times, in_float32.get("times_eagers", 0.0))
+            in_float32["error_over_eager"] = max(times, in_float32.get("error_over_eager", 0.0))
         worst, allowed = max(worst, error), max(allowed, tolerance)
         compared += batch * total
     figures = {"largest_difference": worst, "allowed": allowed, "tokens": compared}
@@ -159,7 +159,7 @@ def check_splits(program: Program, source: Program) -> float:
         if whole.dtype in HALVES:
             with InFloat32():
                 exact = _stepped(program_in_float32(source), tokens, [total], read)
-            band, times = farthest(whole, exact), times_eagers(parts, whole, exact)
+            band, times = farthest(whole, exact), error_over_eager(parts, whole, exact)
             told = f", and are {times:.3g} times as far from float32 as its, allowed {TYPICAL:g}"
         if not (error <= band and times <= TYPICAL):
             raise NotRewritten(

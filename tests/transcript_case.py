@@ -20,6 +20,7 @@ WILDCARDS = (
     (r"read in \d+\.\d+ s\b", "read in … s"),
     (r"^seconds: .*$", "seconds: …"),
     (r"largest difference [\d.e-]+, allowed [\d.e-]+", "largest difference …, allowed …"),
+    (r"error over eager [\d.e-]+", "error over eager …"),
     (r'^( *"(?:prompt_)?seconds": |  "tokens_per_second": )[\d.e+-]+', r"\1…"),
 )
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)

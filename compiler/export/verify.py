@@ -18,9 +18,9 @@ from ..in_float32 import (
     HALVES,
     TYPICAL,
     InFloat32,
+    error_over_eager,
     farthest,
     program_in_float32,
-    times_eagers,
 )
 from ..manifest import MANIFEST, artefacts, check_artefact, read_manifest
 from ..progress import doing
@@ -53,8 +53,8 @@ class Verdict:
         allowed: what rounding may make of it.
         changed: tokens that would be generated and are not eager's, although eager's choice stands
             out by more than `allowed`.
-        times_eagers: in 16 bit, how many times as far from float32 as eager's are the logits of a
-            typical token.
+        error_over_eager: in 16 bit, how many times as far from float32 as eager's are the logits
+            of a typical token.
     """
 
     format: str
@@ -65,7 +65,7 @@ class Verdict:
     largest: float = 0.0
     allowed: float = 0.0
     changed: int = 0
-    times_eagers: float = 0.0
+    error_over_eager: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -243,11 +243,11 @@ def _follow(verdict: Verdict, driver: Driver, made: Trace, prefill: Call) -> Ver
         answers.append(got)
     if made.exact is None:
         return verdict
-    times = times_eagers(torch.cat(answers, 1), torch.cat(made.logits, 1), made.exact)
+    times = error_over_eager(torch.cat(answers, 1), torch.cat(made.logits, 1), made.exact)
     wrong = "" if times <= TYPICAL else f"{times:.2g} times as far from float32 as eager"
     # A part that is not a number counts as infinitely far.
-    times = max(verdict.times_eagers, times if math.isfinite(times) else math.inf)
-    return replace(verdict, reason=verdict.reason or wrong, times_eagers=times)
+    times = max(verdict.error_over_eager, times if math.isfinite(times) else math.inf)
+    return replace(verdict, reason=verdict.reason or wrong, error_over_eager=times)
 
 
 def _compared(

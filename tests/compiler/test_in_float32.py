@@ -12,7 +12,7 @@ from faulty_steps import FAULTS, compiled, with_fault
 from stepping import forward
 from torch import Tensor
 
-from memcompile.compiler.in_float32 import InFloat32, farthest, times_eagers
+from memcompile.compiler.in_float32 import InFloat32, error_over_eager, farthest
 from memcompile.compiler.pipeline import build
 from memcompile.compiler.self_check import check_splits, self_check
 from memcompile.passes.result import NotRewritten
@@ -34,7 +34,7 @@ def test_rounding_passes(layers: int, dtype: torch.dtype) -> None:
     for seed in range(4):
         model.draw(seed)
         figures = self_check(made.program, made.captured.forward, False)
-        assert 0.8 < figures["times_eagers"] < 1.5, "close to neither limit"
+        assert 0.8 < figures["error_over_eager"] < 1.5, "close to neither limit"
         assert 0 < figures["largest_difference"] < figures["allowed"] / 2
 
 
@@ -79,7 +79,7 @@ def test_a_trained_network_passes_where_one_token_is_far_off() -> None:
     """Over 512 tokens rounding moves a logit of this one by 5 % of the largest."""
     made = build(BYTES_SMALL, "dense", dtype="float16", max_context=512, kernels="off")
     figures = made.report.self_check
-    assert figures["tokens"] > 512 and figures["times_eagers"] < 1.5
+    assert figures["tokens"] > 512 and figures["error_over_eager"] < 1.5
 
 
 def test_what_runs_in_16_bit_alone_is_held_to_the_band(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_what_runs_in_16_bit_alone_is_held_to_the_band(monkeypatch: pytest.Monke
         return logits
 
     figures = self_check(made.program, strict, False)
-    assert "bfloat16 alone" in figures["not_run_in_float32"] and "times_eagers" not in figures
+    assert "bfloat16 alone" in figures["not_run_in_float32"] and "error_over_eager" not in figures
     wrong = replace(made.program, dense=with_fault(made.program.dense, "no scale"))
     with pytest.raises(NotRewritten, match="does not reproduce the forward"):
         self_check(wrong, strict, False)
@@ -117,8 +117,8 @@ def test_float32_is_what_the_same_weights_give_in_float32() -> None:
 def test_what_is_not_a_number_is_no_rounding() -> None:
     exact = torch.randn(2, 5, 7)
     eager = exact.to(torch.float16)
-    assert times_eagers(eager, eager, exact) == 1.0
+    assert error_over_eager(eager, eager, exact) == 1.0
     broken = eager.clone()
     broken[1, 2, 3] = float("nan")
-    assert not times_eagers(broken, eager, exact) <= 1e9
+    assert not error_over_eager(broken, eager, exact) <= 1e9
     assert farthest(exact.to(torch.float16), exact) < 0.02 < farthest(exact.bfloat16(), exact)

@@ -19,7 +19,7 @@ import memcompile
 from memcompile.compiler.export import onnx_portable
 from memcompile.compiler.export.contract import Contract, StateTensor, read_contract
 from memcompile.compiler.export.verify import Trace, trace
-from memcompile.compiler.in_float32 import TYPICAL, times_eagers
+from memcompile.compiler.in_float32 import TYPICAL, error_over_eager
 from memcompile.compiler.package import write
 from memcompile.compiler.pipeline import Compiled, build
 
@@ -128,7 +128,7 @@ def assert_eager(made: dict[str, Any], traces: dict[int, Trace]) -> None:
         if eager.exact is not None:  # near scores are ranked otherwise, and other pages read
             answers = [torch.from_numpy(made[f"{batch}_{i}"]) for i in range(len(eager.logits))]
             told = (torch.cat(x, 1) for x in (answers, eager.logits))
-            assert times_eagers(*told, eager.exact) <= TYPICAL
+            assert error_over_eager(*told, eager.exact) <= TYPICAL
         for number, expected in enumerate(eager.logits):
             got = torch.from_numpy(made[f"{batch}_{number}"])
             assert got.shape == expected.shape and got.dtype == expected.dtype

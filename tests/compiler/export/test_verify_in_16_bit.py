@@ -82,7 +82,7 @@ def test_rounding_is_no_difference(
     for wrong in (lambda made: None, noisy):
         told = verdict(tmp_path, monkeypatch, dtype, layers, wrong=wrong)
         assert told.outcome == "equal", told
-        assert told.largest <= told.allowed and 0.8 < told.times_eagers < 1.8
+        assert told.largest <= told.allowed and 0.8 < told.error_over_eager < 1.8
 
 
 @HALVES
