@@ -50,7 +50,7 @@ test-long: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --timeout 3600 \
 		--long -m long --ignore tests/fuzz
 	OMP_NUM_THREADS=1 MEMCOMPILE_KERNELS=required $(BIN)/python -m pytest -q -n $(WORKERS) \
-		--dist worksteal -k "not nanogpt and not llama.c" \
+		--dist worksteal --long -k "not nanogpt and not llama.c" \
 		tests/compiler/test_networks.py tests/compiler/test_more_networks.py
 
 # report.html in headless Chromium, with Debian's packages; the pictures go to docs/pictures.

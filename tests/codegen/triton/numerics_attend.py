@@ -18,6 +18,7 @@ from triton_case import (
     attend_by_hand,
     attend_spec,
     by_dtype,
+    long,
     page_lists,
     punch_holes,
     run,
@@ -158,7 +159,7 @@ def test_attend_reads_values_that_are_part_of_their_keys(
 
 
 @by_dtype
-@pytest.mark.parametrize("page_size", [4, 16, 64, 128])
+@pytest.mark.parametrize("page_size", [4, 16, long(64), 128])
 def test_attend_reads_chunks_of_ragged_sequences(dtype: torch.dtype, page_size: int) -> None:
     case = Case(
         position=(90, 0, 13), lengths=(23, 9, 0), group=3, page_size=page_size, dtype=dtype, **D
@@ -349,7 +350,7 @@ def read_summaries(
 
 
 @by_dtype
-@pytest.mark.parametrize("page_size", [1, 4, 16, 64, 128])
+@pytest.mark.parametrize("page_size", [1, long(4), long(16), 64, long(128)])
 def test_summaries_stand_for_pages_that_are_not_listed(dtype: torch.dtype, page_size: int) -> None:
     tokens = 100 if page_size == 1 else 290
     case = Case(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tolerance import assert_close_to_float64
 from torch import Tensor
-from triton_case import DEVICE, Case, Laid, by_dtype, dtype_name, punch_holes, quantised, run
+from triton_case import DEVICE, Case, Laid, by_dtype, dtype_name, long, punch_holes, quantised, run
 
 import memcompile.models.ops  # noqa: F401 (registers the references)
 from memcompile.codegen.spec import KernelSpec
@@ -212,7 +212,8 @@ def reference_selection(
 @by_dtype
 @pytest.mark.parametrize("score", [*SCORE_FIELDS])
 @pytest.mark.parametrize(
-    ("group", "key_dim"), [(2, 8), (3, 40), (5, 128), pytest.param(70, 264, id="wide")]
+    ("group", "key_dim"),
+    [(2, 8), (3, 40), (5, 128), long(70, 264, id="wide")],
 )
 def test_selection_is_the_references(
     dtype: torch.dtype, score: str, group: int, key_dim: int
@@ -249,7 +250,10 @@ def test_selection_from_tables_of_any_width(dtype: torch.dtype, columns: int) ->
     select(laid, records, "mean-std", 2, 3, 140, 130, 0, products=True)
 
 
-@pytest.mark.parametrize("score", [*SCORE_FIELDS])
+@pytest.mark.parametrize(
+    "score",
+    [score if score == "mean-std" else long(score) for score in SCORE_FIELDS],
+)
 def test_products_of_chunks_with_padding_and_holes(score: str) -> None:
     """Rows that are padding, that read everything, and that choose, beside each other."""
     case = Case(

@@ -98,9 +98,12 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("target", "specs"),
     [
-        pytest.param("cuda:sm_90", SPECS, id="cuda:sm_90"),
+        pytest.param("cuda:sm_90", LLAMA_ALL, id="cuda:sm_90"),
         pytest.param("hip:gfx942", LLAMA_STEP, id="hip:gfx942"),
-        pytest.param("hip:gfx942", SPECS, id="hip:gfx942-all", marks=pytest.mark.long),
+        *(
+            pytest.param(target, SPECS, id=f"{target}-all", marks=pytest.mark.long)
+            for target in ("cuda:sm_90", "hip:gfx942")
+        ),
         *(
             pytest.param(target, LLAMA_STEP, id=target, marks=pytest.mark.long)
             for target in ("cuda:sm_80", "cuda:sm_100", "cuda:sm_120")

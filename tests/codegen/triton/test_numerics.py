@@ -1,4 +1,7 @@
-"""Runs `numerics_*.py` in processes of their own: on a GPU, or interpreted where there is none."""
+"""Runs `numerics_*.py` in processes of their own: on a GPU, or interpreted where there is none.
+
+The interpreter is slow: what is marked long in them is interpreted in the long suite alone.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,19 @@ FILES = (
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", FILES)
-def test_kernels_compute_what_the_references_do(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "long", [False, pytest.param(True, marks=pytest.mark.long)], ids=["gate", "long"]
+)
+def test_kernels_compute_what_the_references_do(name: str, long: bool, tmp_path: Path) -> None:
     environment = {**os.environ, "MEMCOMPILE_CACHE": str(tmp_path)}
+    options = ["-q", "-x", "-p", "no:cacheprovider"]
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
+    if long or torch.cuda.is_available():
+        options.append("--long")
     file = Path(__file__).with_name(name)
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", str(file)],
+        [sys.executable, "-m", "pytest", *options, str(file)],
         cwd=Path(__file__).parents[3],
         env=environment,
         capture_output=True,

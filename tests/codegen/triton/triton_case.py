@@ -42,6 +42,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 
+def long(*values: Any, **options: Any) -> Any:
+    """A parameter for GPUs and the long suite: the interpreter is slow."""
+    return pytest.param(*values, marks=pytest.mark.long, **options)
+
+
 def run(spec: KernelSpec, **given: Any) -> Any:
     """Calls the spec's operator with arguments by name; results come back to the CPU.
 
