@@ -39,8 +39,8 @@ lint: $(INSTALLED)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-# What the gate leaves out: hundreds of specs compiled for a GPU, TensorRT-RTX engines of every
-# preset, and the tested networks on generated kernels but for two, whose heads are 6 wide.
+# What the gate leaves out, among it hundreds of specs compiled for a GPU, TensorRT-RTX engines of
+# every preset, and the tested networks on generated kernels but for two, whose heads are 6 wide.
 # NVIDIA's wheels come from PyPI, under NVIDIA's licence; torch-tensorrt stays out of .venv, where
 # torch.compile would find its backend.
 TENSORRT := .venv-tensorrt
