@@ -212,8 +212,7 @@ def reference_selection(
 @by_dtype
 @pytest.mark.parametrize("score", [*SCORE_FIELDS])
 @pytest.mark.parametrize(
-    ("group", "key_dim"),
-    [(2, 8), (3, 40), (5, 128), long(70, 264, id="wide")],
+    ("group", "key_dim"), [(2, 8), (3, 40), (5, 128), long(70, 264, id="wide")]
 )
 def test_selection_is_the_references(
     dtype: torch.dtype, score: str, group: int, key_dim: int
@@ -250,10 +249,7 @@ def test_selection_from_tables_of_any_width(dtype: torch.dtype, columns: int) ->
     select(laid, records, "mean-std", 2, 3, 140, 130, 0, products=True)
 
 
-@pytest.mark.parametrize(
-    "score",
-    [score if score == "mean-std" else long(score) for score in SCORE_FIELDS],
-)
+@pytest.mark.parametrize("score", [s if s == "mean-std" else long(s) for s in SCORE_FIELDS])
 def test_products_of_chunks_with_padding_and_holes(score: str) -> None:
     """Rows that are padding, that read everything, and that choose, beside each other."""
     case = Case(

@@ -22,12 +22,16 @@ FILES = (
     "numerics_plugin.py",
     "numerics_step.py",
 )
+WITH_LONG = ("numerics_attend.py", "numerics_index.py")
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
-    "long", [False, pytest.param(True, marks=pytest.mark.long)], ids=["gate", "long"]
+    ("name", "long"),
+    [
+        *((name, False) for name in FILES),
+        *(pytest.param(name, True, marks=pytest.mark.long) for name in WITH_LONG),
+    ],
 )
 def test_kernels_compute_what_the_references_do(name: str, long: bool, tmp_path: Path) -> None:
     environment = {**os.environ, "MEMCOMPILE_CACHE": str(tmp_path)}
